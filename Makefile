@@ -1,0 +1,54 @@
+# A fresh machine needs python3 >= 3.11 with venv, and make; `make quickstart` and `make test` do the rest.
+#
+#   PYTHON       the interpreter that the environment is made of
+#   VENV         where the environment goes
+#   TORCH        the torch to install before everything else
+#   TORCH_INDEX  package index to take torch from, instead of the one that pip is set up for. On Linux the default index
+#                carries builds for CUDA, several gigabytes in size: to run on CPUs, give the address of PyTorch's CPU
+#                index, as its installation page names it.
+#   PYTEST_ARGS  more arguments for pytest, such as -m 'not slow'
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+# Written last, so that an interrupted installation is begun again.
+INSTALLED := $(VENV)/.installed
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_NO_INPUT := 1
+
+.PHONY: help setup quickstart test check clean
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(INSTALLED) ## make the environment and install everything that quickstart and test need
+
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "python: expected 3.11 or newer, found " + sys.version.split()[0] + "; choose another with make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	@echo 'Installing $(TORCH), then logitstore with what it needs: a minute or two on a good line.'
+	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'
+	$(BIN)/python -m pip install --quiet --editable '.[quickstart,dev]'
+	@touch $@
+
+# The shipped teacher and the interpreter's own source text are all it reads: nothing comes from a model hub.
+quickstart: setup ## corpus, capture, verification, two students, report: on this machine, in minutes
+	HF_HUB_OFFLINE=1 $(BIN)/logitstore quickstart
+
+# One thread per process: two workers on two cores gain nothing from more, and sums stay in one order. The
+# tests of a file stay with one worker, so that what they share (an environment, a cluster) is set up once.
+test: setup ## every test
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+
+check: setup ## format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean: ## remove the environment, builds and caches; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,58 @@
+"""The capture actor: one loaded teacher that captures the units it is given."""
+
+from __future__ import annotations
+
+import os
+
+import ray
+from ray.util.metrics import Counter
+
+from cluster.settings import ClusterCaptureSettings
+from logitstore.capture import Receipt, UnitCapture
+from logitstore.store.files import StoreFiles
+from logitstore.store.plan import read_plan
+from logitstore.teacher.loading import load_teacher
+from logitstore.teacher.protocol import Teacher, TeacherIdentity
+
+
+@ray.remote(max_restarts=-1, max_task_retries=0)
+class CaptureActor:
+    """Loads the teacher on first use, so that a restarted actor is as good as a new one."""
+
+    def __init__(self, settings: ClusterCaptureSettings) -> None:
+        self._settings = settings
+        self._teacher: Teacher | None = None
+        self._capture: UnitCapture | None = None
+        labels = ("store",)
+        self._positions = Counter("logitstore_positions", "Positions committed", tag_keys=labels)
+        self._units = Counter("logitstore_units", "Units committed", tag_keys=labels)
+        self._dead_letters = Counter("logitstore_dead_letters", "Documents that could not be used", tag_keys=labels)
+
+    def load(self) -> tuple[TeacherIdentity, int]:
+        """Load the teacher; returns who it is, and this process's id."""
+        return self._load_teacher().identity, os.getpid()
+
+    def capture(self, unit: int, attempt: str) -> Receipt:
+        """Capture one unit of the store's plan and commit it; see `UnitCapture.capture`."""
+        if self._capture is None:
+            files = StoreFiles(self._settings.store, self._settings.storage_options)
+            self._capture = UnitCapture(
+                files,
+                read_plan(files),
+                self._load_teacher(),
+                self._settings.corpus,
+                storage_options=self._settings.storage_options,
+            )
+        receipt = self._capture.capture(unit, attempt)
+        if receipt.outcome == "won":
+            tags = {"store": self._settings.store}
+            self._positions.inc(max(1, receipt.positions), tags)
+            self._units.inc(1, tags)
+            if receipt.dead_letters:
+                self._dead_letters.inc(receipt.dead_letters, tags)
+        return receipt
+
+    def _load_teacher(self) -> Teacher:
+        if self._teacher is None:
+            self._teacher = load_teacher(self._settings.teacher, self._settings.method)
+        return self._teacher

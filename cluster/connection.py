@@ -1,0 +1,47 @@
+"""Connect to a Ray cluster, or start one on this machine that ends with the process."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+
+import ray
+
+from logitstore.errors import OutsideError
+
+
+@contextlib.contextmanager
+def connect(address: str | None, *, num_cpus: int | None = None) -> Iterator[None]:
+    """Hold a connection to Ray for the length of a `with` block.
+
+    Args:
+        address: "auto", "host:port" or "ray://host:port"; None starts a cluster of one on this machine.
+        num_cpus: CPUs of the cluster that is started; as many as there are by default.
+    Raises:
+        OutsideError: there is no cluster at the address.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        if address is None:
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a laptop's private cluster reports to nobody
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+            )
+        else:
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        where = address or "this machine"
+        raise OutsideError(f"Ray at {where}: expected a cluster, found {error}; check --address") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,242 @@
+"""Capture of one work unit: corpus range in, committed shard out. No Ray here; `cluster/` spreads it over machines."""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from logitstore import __version__
+from logitstore.corpus.documents import CorpusSettings, DeadLetter, Document, list_corpus_files, read_documents
+from logitstore.corpus.measuring import build_unit_table
+from logitstore.corpus.sequences import Sequence, SequenceBuild, SequenceSettings, build_sequences
+from logitstore.corpus.units import UnitTable
+from logitstore.errors import ConfigError, IncompatibleStoreError
+from logitstore.records import Record, RecordAddress
+from logitstore.settings import Settings
+from logitstore.shard.layout import FORMAT_VERSION, ShardHeader
+from logitstore.shard.summary import ShardSummary
+from logitstore.shard.writer import ShardSettings, write_shard
+from logitstore.store.commit import (
+    Commit,
+    Outcome,
+    build_attempt,
+    build_data_path,
+    commit_unit,
+    count_dead_letters,
+)
+from logitstore.store.files import StoreFiles
+from logitstore.store.plan import CorpusPlan, StorePlan
+from logitstore.teacher.protocol import Method, Teacher, TeacherIdentity, TeacherSettings, TopKMethod
+
+# Positions handed to the teacher at a time: enough for it to sort into even batches, little enough to hold.
+_POSITIONS_AT_A_TIME = 131_072
+
+
+class CaptureSettings(Settings):
+    """A capture as a user writes it; every key but `store`, `corpus` and `teacher` has a default."""
+
+    store: str
+    """URL of the store, any fsspec file system."""
+    corpus: CorpusSettings
+    teacher: TeacherSettings
+    method: Method = TopKMethod()
+    sequences: SequenceSettings = SequenceSettings()
+    shard: ShardSettings = ShardSettings()
+    unit_bytes: int = Field(default=4_000_000, ge=1)
+    """Text of one work unit, about a million tokens: some minutes of a GPU, so little is lost with one."""
+    seed: int = Field(default=0, ge=0)
+    single_writer: bool = False
+    """Accept storage without create-only objects; you promise that only one capture runs at a time."""
+    storage_options: dict[str, Any] = Field(default_factory=dict, exclude=True, repr=False)
+    """For fsspec, for store and corpus alike; better left to the environment. Never written anywhere."""
+
+
+class Receipt(Settings):
+    """What a captured unit reports: small, the only thing that travels back through Ray."""
+
+    unit: int
+    outcome: Outcome
+    records: int
+    positions: int
+    bytes: int
+    documents: int
+    dead_letters: int
+    seconds: float
+
+
+def build_plan(settings: CaptureSettings, identity: TeacherIdentity) -> StorePlan:
+    """Plan a store: list the corpus, cut it into units, write down whatever decides the records.
+
+    Raises:
+        ConfigError: a pattern matches no file, or sequences are longer than the teacher can see.
+    """
+    longest = identity.max_positions
+    if longest is not None and settings.sequences.length > longest:
+        raise ConfigError(
+            f"sequences.length: the teacher {identity.model!r} sees at most {longest} positions, found "
+            f"{settings.sequences.length}; set sequences.length to {longest} or less"
+        )
+    corpus_files = list_corpus_files(settings.corpus, settings.storage_options)
+    units = build_unit_table(corpus_files, settings.unit_bytes, settings.corpus, settings.storage_options)
+    return StorePlan(
+        teacher=identity,
+        corpus=CorpusPlan(
+            text_field=settings.corpus.text_field,
+            id_field=settings.corpus.id_field,
+            max_document_bytes=settings.corpus.max_document_bytes,
+            files=tuple(corpus_files),
+        ),
+        sequences=settings.sequences,
+        method=settings.method,
+        shard=settings.shard,
+        seed=settings.seed,
+        units=units.to_json(),
+        single_writer=settings.single_writer,
+        created_by=f"logitstore {__version__}",
+        created_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
+
+
+class UnitCapture:
+    """Captures units of one plan with one loaded teacher.
+
+    Args:
+        files: the store.
+        plan: its plan.
+        teacher: must be the plan's teacher.
+        corpus: how documents are read.
+        storage_options: for reading the corpus.
+        spill_folder: where a shard is assembled before it is uploaded; the system's temporary folder by default.
+    Raises:
+        IncompatibleStoreError: the teacher is not the one in the plan.
+    """
+
+    def __init__(
+        self,
+        files: StoreFiles,
+        plan: StorePlan,
+        teacher: Teacher,
+        corpus: CorpusSettings,
+        *,
+        storage_options: dict[str, Any] | None = None,
+        spill_folder: Path | None = None,
+    ) -> None:
+        differences = plan.teacher.differences(teacher.identity)
+        if differences:
+            raise IncompatibleStoreError(
+                f"{files.url}: this teacher is not the one the store was planned with:\n  " + "\n  ".join(differences)
+            )
+        self._files, self._plan, self._teacher, self._corpus = files, plan, teacher, corpus
+        self._storage_options = storage_options
+        self._spill_folder = spill_folder
+        self._fingerprint = plan.compute_fingerprint()
+        self._units: UnitTable = plan.build_unit_table()
+
+    def capture(self, unit: int, attempt: str | None = None) -> Receipt:
+        """Run the teacher over a unit and commit its shard.
+
+        A kill at any point leaves the unit either uncommitted (with garbage to collect at most) or committed whole.
+
+        Raises:
+            TeacherError, InvalidSignalError: what the teacher said cannot be stored; nothing is committed.
+            OutsideError: the storage failed; nothing is committed.
+        """
+        started = time.monotonic()
+        attempt = attempt or build_attempt()
+        build = build_sequences(
+            self._read_unit(unit),
+            encode=self._teacher.encode,
+            end_of_text_id=self._teacher.identity.end_of_text_id,
+            vocab_size=self._teacher.identity.vocab_size,
+            settings=self._plan.sequences,
+        )
+        shard, path = self._write(unit, attempt, build)
+        counts, dead_letters = count_dead_letters(build.dead_letters)
+        commit = Commit(
+            plan_fingerprint=self._fingerprint,
+            unit=unit,
+            source=self._units.source_of(unit, self._plan.corpus.files),
+            attempt=attempt,
+            file=path,
+            shard=shard,
+            documents=build.num_documents,
+            recorded_documents=build.num_recorded_documents,
+            dead_letter_counts=counts,
+            dead_letters=dead_letters,
+            engine=f"{self._teacher.identity.engine} {self._teacher.identity.engine_version}",
+            seconds=round(time.monotonic() - started, 3),
+        )
+        assert commit.find_imbalance() is None, commit.find_imbalance()
+        outcome = commit_unit(self._files, commit)
+        if outcome is Outcome.LOST and path is not None:
+            self._files.delete(path)
+        return Receipt(
+            unit=unit,
+            outcome=outcome,
+            records=shard.records if shard else 0,
+            positions=shard.positions if shard else 0,
+            bytes=shard.bytes if shard else 0,
+            documents=build.num_documents,
+            dead_letters=sum(counts.values()),
+            seconds=time.monotonic() - started,
+        )
+
+    def _read_unit(self, unit: int) -> Iterator[Document | DeadLetter]:
+        for span in self._units.spans(unit):
+            file = self._plan.corpus.files[span.file_index]
+            yield from read_documents(file, span.start, span.stop, self._corpus, self._storage_options)
+
+    def _write(self, unit: int, attempt: str, build: SequenceBuild) -> tuple[ShardSummary | None, str | None]:
+        """Assemble the shard beside us and upload it; (None, None) where the unit has no usable document."""
+        sequences = iter(build)
+        first = next(sequences, None)
+        if first is None:
+            return None, None
+        header = ShardHeader(
+            format_version=FORMAT_VERSION,
+            unit=unit,
+            plan_fingerprint=self._fingerprint,
+            vocab_size=self._plan.teacher.vocab_size,
+            codec=self._plan.shard.codec,
+        )
+        records = self._score(unit, itertools.chain([first], sequences))
+        with tempfile.TemporaryDirectory(prefix="logitstore-", dir=self._spill_folder) as folder:
+            spilled = Path(folder) / f"{unit:07d}.parquet"
+            shard = write_shard(spilled, records, header, self._plan.shard)
+            path = build_data_path(unit, attempt)
+            self._files.put_file(path, spilled)
+        return shard, path
+
+    def _score(self, unit: int, sequences: Iterator[Sequence]) -> Iterator[Record]:
+        index = 0
+        for group in _group_sequences(sequences):
+            signals = self._teacher.score([sequence.token_ids for sequence in group])
+            for sequence, signal in zip(group, signals, strict=True):
+                yield Record(
+                    address=RecordAddress(unit=unit, index=index),
+                    token_ids=sequence.token_ids,
+                    loss_mask=sequence.loss_mask,
+                    signal=signal,
+                    documents=sequence.documents,
+                )
+                index += 1
+
+
+def _group_sequences(sequences: Iterator[Sequence]) -> Iterator[list[Sequence]]:
+    group: list[Sequence] = []
+    positions = 0
+    for sequence in sequences:
+        group.append(sequence)
+        positions += len(sequence.loss_mask)
+        if positions >= _POSITIONS_AT_A_TIME:
+            yield group
+            group, positions = [], 0
+    if group:
+        yield group

@@ -1,0 +1,116 @@
+"""Text of a document from the bytes that hold it."""
+
+from __future__ import annotations
+
+import json
+from typing import Literal
+
+from logitstore.corpus.files import CorpusSettings
+
+RejectionReason = Literal["empty", "malformed", "not_utf8", "missing_text", "too_long"]
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+class RejectedDocumentError(Exception):
+    """A document that cannot be used: caught where its place is known, and turned into a dead letter there."""
+
+    def __init__(self, reason: RejectionReason, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason: RejectionReason = reason
+        self.detail = detail
+
+
+def parse_json_line(content: bytes, *, is_first: bool, settings: CorpusSettings) -> tuple[str | None, str]:
+    """Name (None where the object has none) and text of one line.
+
+    Args:
+        content: the line without its newline.
+        is_first: whether it is the first of its file, where a byte order mark may stand.
+    Raises:
+        RejectedDocumentError: the line holds no usable document.
+    """
+    if is_first:
+        content = content.removeprefix(_BYTE_ORDER_MARK)
+    line = _decode(content)
+    if not line or line.isspace():
+        raise RejectedDocumentError("empty", "blank line")
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise RejectedDocumentError("malformed", f"expected a JSON object, found: {error}") from None
+    if not isinstance(values, dict):
+        raise RejectedDocumentError("malformed", f"expected a JSON object, found {type(values).__name__}")
+    text = values.get(settings.text_field)
+    if not isinstance(text, str):
+        found = type(text).__name__ if settings.text_field in values else f"keys {sorted(values)}"
+        raise RejectedDocumentError("missing_text", f"expected a string under {settings.text_field!r}, found {found}")
+    name = None if settings.id_field is None else name_document(values.get(settings.id_field))
+    return name, check_text(text)
+
+
+def parse_plain_text(content: bytes) -> str:
+    """Text of a whole file.
+
+    Raises:
+        RejectedDocumentError: it is no usable document.
+    """
+    return check_text(_decode(content.removeprefix(_BYTE_ORDER_MARK)))
+
+
+def parse_cell(content: bytes | None, settings: CorpusSettings) -> str:
+    """Text of one value of a Parquet column.
+
+    Raises:
+        RejectedDocumentError: it is no usable document.
+    """
+    if content is None:
+        raise RejectedDocumentError("missing_text", f"expected a string in column {settings.text_field!r}, found null")
+    check_size(len(content), settings.max_document_bytes)
+    return check_text(_decode(content))
+
+
+def name_document(value: object) -> str | None:
+    """A document's name from its id field: a string or an integer, None for anything else."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return value if isinstance(value, str) and value and _is_encodable(value) else None
+
+
+def check_size(num_bytes: int, limit_bytes: int) -> None:
+    """Raise RejectedDocumentError for a document of more bytes than the limit."""
+    if num_bytes > limit_bytes:
+        raise RejectedDocumentError("too_long", f"expected at most {limit_bytes:,} bytes, found {num_bytes:,} or more")
+
+
+def check_text(text: str) -> str:
+    """The text itself.
+
+    Raises:
+        RejectedDocumentError: it is blank, or holds half a surrogate pair, which UTF-8 cannot encode.
+    """
+    if not text or text.isspace():
+        raise RejectedDocumentError("empty", "no text but white space" if text else "no text")
+    if not _is_encodable(text):
+        raise RejectedDocumentError("not_utf8", "text holds half of a surrogate pair")
+    return text
+
+
+def _is_encodable(text: str) -> bool:
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _decode(content: bytes) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        where = f"byte {error.start}" if line == 1 else f"line {line}, byte {error.start}"
+        found = f"byte 0x{content[error.start]:02x} at {where} of the document"
+        raise RejectedDocumentError("not_utf8", found) from None

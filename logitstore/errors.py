@@ -1,0 +1,73 @@
+"""Every error the project raises on purpose, with the exit code its command ends with.
+
+Messages read *where: what was expected, what was found; what to do.* Each class is also the builtin error that a
+reader would guess, so `except ValueError` around a settings file works as expected.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class LogitStoreError(Exception):
+    """Base of all errors raised on purpose; `exit_code` is what the command line returns for it."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class ConfigError(LogitStoreError, ValueError):
+    """A setting, an argument or a settings file is wrong."""
+
+    exit_code = 2
+
+
+class ShapeError(LogitStoreError, ValueError):
+    """Arrays or tensors do not fit together."""
+
+
+class StoreNotFoundError(LogitStoreError, FileNotFoundError):
+    """There is no store, no manifest or no such record at the address given."""
+
+    exit_code = 2
+
+
+class IncompatibleStoreError(LogitStoreError, ValueError):
+    """Store and caller disagree: format version, plan, teacher, tokenizer or vocabulary."""
+
+    exit_code = 3
+
+
+class CorruptShardError(LogitStoreError, OSError):
+    """Bytes of a store are not the bytes that were committed."""
+
+    exit_code = 3
+
+
+class InvalidSignalError(LogitStoreError, ValueError):
+    """A signal breaks an invariant of the format (not finite, mass above 1, shifted, repeated ids)."""
+
+    exit_code = 3
+
+
+class TeacherError(LogitStoreError, RuntimeError):
+    """The teacher cannot be loaded, or returned something that cannot be stored."""
+
+    exit_code = 3
+
+
+class CaptureError(LogitStoreError, RuntimeError):
+    """A capture ended with quarantined units."""
+
+    exit_code = 3
+
+
+class TrainingError(LogitStoreError, RuntimeError):
+    """Training cannot go on: checkpoint of another run, non-finite loss, ranks that disagree."""
+
+    exit_code = 3
+
+
+class OutsideError(LogitStoreError, OSError):
+    """Storage, network or cluster trouble that may pass: worth running the command again."""
+
+    exit_code = 4

@@ -1,0 +1,210 @@
+"""Records: sequences with their signals, singly and as ragged batches.
+
+Shape letters used in names and docstrings of the whole project: B sequences, T positions, K slots, V vocabulary,
+D hidden size; N support entries and P positions of a ragged batch, all sequences joined.
+
+A sequence of T positions has T + 1 token ids: position t was computed from `token_ids[: t + 1]` and speaks about
+`token_ids[t + 1]`, so every position has its next token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from logitstore.errors import ShapeError
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class RecordAddress:
+    """Where a record lives: work unit, and 0-based index in the unit. Stable for the life of a store."""
+
+    unit: int
+    index: int
+
+    def __str__(self) -> str:
+        return f"{self.unit}/{self.index}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DocumentSpan:
+    """The part of a record that comes from one document.
+
+    `document_id` names the document, `start` is the 0-based offset of its first token in the record's `token_ids`, and
+    `document_offset` the number of the document's tokens that earlier records hold.
+    """
+
+    document_id: str
+    start: int
+    document_offset: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Signal:
+    """What the teacher said about the T positions of one sequence; N support entries in all, slot order.
+
+    Attributes:
+        support_counts: [T] int32, entries at each position.
+        support_ids: [N] int32 token ids, likeliest first at each position, no repeats within a position.
+        support_logprobs: [N] float32, nats, normalized over the whole vocabulary.
+        tail_logprob: [T] float32, log of the mass outside the support; -inf when there is none.
+        entropy: [T] float32, nats, of the whole distribution.
+        next_token_logprob: [T] float32, log-probability of the token that comes next.
+    """
+
+    support_counts: np.ndarray
+    support_ids: np.ndarray
+    support_logprobs: np.ndarray
+    tail_logprob: np.ndarray
+    entropy: np.ndarray
+    next_token_logprob: np.ndarray
+
+    def __post_init__(self) -> None:
+        positions = len(self.support_counts)
+        entries = int(self.support_counts.sum())
+        for name, expected in (
+            ("support_ids", entries),
+            ("support_logprobs", entries),
+            ("tail_logprob", positions),
+            ("entropy", positions),
+            ("next_token_logprob", positions),
+        ):
+            found = len(getattr(self, name))
+            if found != expected:
+                raise ShapeError(f"Signal.{name}: expected {expected} values, found {found}")
+
+    @property
+    def num_positions(self) -> int:
+        return len(self.support_counts)
+
+    def support_at(self, position: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and logprobs of the support at one 0-based position."""
+        start = int(self.support_counts[:position].sum())
+        stop = start + int(self.support_counts[position])
+        return self.support_ids[start:stop], self.support_logprobs[start:stop]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Record:
+    """One sequence with its signal.
+
+    Attributes:
+        address: unit and index.
+        token_ids: [T + 1] int32.
+        loss_mask: [T] bool, whether a position may be taught (prompts are not).
+        signal: what the teacher said, T positions.
+        documents: the documents the sequence was made of, in order; empty when they were not asked for.
+    """
+
+    address: RecordAddress
+    token_ids: np.ndarray
+    loss_mask: np.ndarray
+    signal: Signal
+    documents: tuple[DocumentSpan, ...] = ()
+
+    @property
+    def num_positions(self) -> int:
+        return len(self.loss_mask)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RecordBatch:
+    """B records as flat columns: sequence i owns positions `position_offsets[i] : position_offsets[i + 1]`.
+
+    Attributes:
+        units, indices: [B] int32, the addresses.
+        position_offsets: [B + 1] int64 into the columns of length P.
+        support_offsets: [B + 1] int64 into the columns of length N.
+        token_ids: [P + B] int32; sequence i starts at `position_offsets[i] + i`, having one more token than positions.
+        loss_mask: [P] bool.
+        support_counts: [P] int32.
+        support_ids, support_logprobs: [N] int32, float32 nats.
+        tail_logprob, entropy, next_token_logprob: [P] float32 nats.
+        documents: one tuple per record, or None when they were not asked for.
+    """
+
+    units: np.ndarray
+    indices: np.ndarray
+    position_offsets: np.ndarray
+    support_offsets: np.ndarray
+    token_ids: np.ndarray
+    loss_mask: np.ndarray
+    support_counts: np.ndarray
+    support_ids: np.ndarray
+    support_logprobs: np.ndarray
+    tail_logprob: np.ndarray
+    entropy: np.ndarray
+    next_token_logprob: np.ndarray
+    documents: tuple[tuple[DocumentSpan, ...], ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+    @property
+    def num_positions(self) -> int:
+        return len(self.loss_mask)
+
+    def addresses(self) -> list[RecordAddress]:
+        return [RecordAddress(unit=int(u), index=int(i)) for u, i in zip(self.units, self.indices, strict=True)]
+
+    def record(self, i: int) -> Record:
+        """Record `i` of the batch, as views into the batch's columns."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"record {i} of a batch of {len(self)}")
+        positions = slice(int(self.position_offsets[i]), int(self.position_offsets[i + 1]))
+        entries = slice(int(self.support_offsets[i]), int(self.support_offsets[i + 1]))
+        return Record(
+            address=RecordAddress(unit=int(self.units[i]), index=int(self.indices[i])),
+            token_ids=self.token_ids[positions.start + i : positions.stop + i + 1],
+            loss_mask=self.loss_mask[positions],
+            signal=Signal(
+                support_counts=self.support_counts[positions],
+                support_ids=self.support_ids[entries],
+                support_logprobs=self.support_logprobs[entries],
+                tail_logprob=self.tail_logprob[positions],
+                entropy=self.entropy[positions],
+                next_token_logprob=self.next_token_logprob[positions],
+            ),
+            documents=() if self.documents is None else self.documents[i],
+        )
+
+    def __iter__(self) -> Iterator[Record]:
+        return (self.record(i) for i in range(len(self)))
+
+    @classmethod
+    def from_records(cls, records: Sequence[Record]) -> RecordBatch:
+        """Join records, in order; the columns are copied.
+
+        Raises:
+            ShapeError: a record's token ids, loss mask and signal have different lengths.
+        """
+        for record in records:
+            positions = record.num_positions
+            if len(record.token_ids) != positions + 1 or record.signal.num_positions != positions:
+                raise ShapeError(
+                    f"record {record.address}: expected T + 1 token ids, T mask values and T positions of signal, "
+                    f"found {len(record.token_ids)}, {positions} and {record.signal.num_positions}"
+                )
+        signal_columns = {
+            field.name: _join([getattr(record.signal, field.name) for record in records]) for field in fields(Signal)
+        }
+        return cls(
+            units=np.array([record.address.unit for record in records], dtype=np.int32),
+            indices=np.array([record.address.index for record in records], dtype=np.int32),
+            position_offsets=_offsets([record.num_positions for record in records]),
+            support_offsets=_offsets([len(record.signal.support_ids) for record in records]),
+            token_ids=_join([record.token_ids for record in records]),
+            loss_mask=_join([record.loss_mask for record in records]),
+            documents=tuple(record.documents for record in records),
+            **signal_columns,
+        )
+
+
+def _offsets(lengths: Sequence[int]) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(np.asarray(lengths, dtype=np.int64))]).astype(np.int64)
+
+
+def _join(parts: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)

@@ -1,0 +1,1 @@
+"""One Parquet file of records: its columns, value codecs, writer and reader."""

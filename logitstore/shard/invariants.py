@@ -1,0 +1,171 @@
+"""What must hold for every stored signal, whoever wrote it: checked when written and again by `verify`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from logitstore.errors import InvalidSignalError
+from logitstore.records import RecordAddress, RecordBatch
+from logitstore.shard.codec import Codec
+
+# Float32 logits of magnitude 100 carry rounding errors of about 1e-5 nats into every logprob; ten times that.
+LOGPROB_TOLERANCE = 1e-4
+MASS_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Violation:
+    """One broken invariant, at the first position of the batch that breaks it."""
+
+    address: RecordAddress
+    position: int
+    what: str
+    num_positions: int
+
+    def __str__(self) -> str:
+        more = f" (and {self.num_positions - 1} more positions)" if self.num_positions > 1 else ""
+        return f"record {self.address}, position {self.position}: {self.what}{more}"
+
+
+def check_batch(batch: RecordBatch, *, vocab_size: int, codec: Codec, where: str) -> None:
+    """Raise for the first broken invariant of a batch.
+
+    Raises:
+        InvalidSignalError: names record, position, what was expected and what was found.
+    """
+    for violation in find_violations(batch, vocab_size=vocab_size, codec=codec):
+        raise InvalidSignalError(f"{where}: {violation}; the unit must be captured again")
+
+
+def find_violations(batch: RecordBatch, *, vocab_size: int, codec: Codec) -> Iterator[Violation]:
+    """Yield every kind of broken invariant in a batch, each at its first position.
+
+    Checked: ids below the vocabulary; supports non-empty or all mass in the tail, without repeats, likeliest first;
+    values finite; mass 1; entropy between what support and tail allow; and that the logprob of the next token agrees
+    with the support, which no signal does that is shifted against its tokens.
+    """
+    if (shape := _find_shape_violation(batch)) is not None:
+        yield shape
+        return
+    failures = [(_mark_tokens(batch, vocab_size), f"token id outside [0, {vocab_size})")]
+    failures.extend(_check_support(batch, vocab_size))
+    found_bad = any(bad.any() for bad, _ in failures)
+    if not found_bad:  # sums over ids that are out of range or repeated would only repeat the complaint
+        failures.extend(_check_masses(batch, vocab_size, codec))
+        failures.extend(_check_next_token(batch, codec))
+    for bad, what in failures:
+        if bad.any():
+            yield _locate(batch, bad, what)
+
+
+def _find_shape_violation(batch: RecordBatch) -> Violation | None:
+    positions = np.diff(batch.position_offsets)
+    empty = positions < 1
+    if empty.any():
+        return _shape_violation(batch, int(np.argmax(empty)), "expected at least one position, found none")
+    for name in ("support_counts", "tail_logprob", "entropy", "next_token_logprob"):
+        if len(getattr(batch, name)) != batch.num_positions:
+            return _shape_violation(
+                batch, 0, f"{name}: expected {batch.num_positions} values, found {len(getattr(batch, name))}"
+            )
+    if len(batch.token_ids) != batch.num_positions + len(batch):
+        return _shape_violation(batch, 0, "expected one token id more than positions in every record")
+    counts_before = np.concatenate([[0], np.cumsum(batch.support_counts, dtype=np.int64)])[batch.position_offsets]
+    uneven = counts_before != batch.support_offsets
+    if uneven.any():
+        return _shape_violation(batch, int(np.argmax(uneven)) - 1, "support counts and support ids do not add up")
+    return None
+
+
+def _shape_violation(batch: RecordBatch, record: int, what: str) -> Violation:
+    address = RecordAddress(unit=int(batch.units[record]), index=int(batch.indices[record]))
+    return Violation(address=address, position=0, what=what, num_positions=1)
+
+
+def _locate(batch: RecordBatch, bad: np.ndarray, what: str) -> Violation:
+    first = int(np.argmax(bad))
+    record = int(np.searchsorted(batch.position_offsets, first, side="right")) - 1
+    return Violation(
+        address=RecordAddress(unit=int(batch.units[record]), index=int(batch.indices[record])),
+        position=first - int(batch.position_offsets[record]),
+        what=what,
+        num_positions=int(bad.sum()),
+    )
+
+
+def compute_next_ids(batch: RecordBatch) -> np.ndarray:
+    """[P] int32, the token that comes after each position."""
+    first_tokens = batch.position_offsets[:-1] + np.arange(len(batch))
+    return np.delete(batch.token_ids, first_tokens)
+
+
+def _mark_tokens(batch: RecordBatch, vocab_size: int) -> np.ndarray:
+    """[P] bool; a bad first token of a record is marked at its position 0."""
+    bad_tokens = (batch.token_ids < 0) | (batch.token_ids >= vocab_size)
+    first_tokens = batch.position_offsets[:-1] + np.arange(len(batch))
+    bad = np.delete(bad_tokens, first_tokens)
+    bad[batch.position_offsets[:-1]] |= bad_tokens[first_tokens]
+    return bad
+
+
+def _position_of_entry(batch: RecordBatch) -> np.ndarray:
+    return np.repeat(np.arange(batch.num_positions), batch.support_counts)
+
+
+def _sum_by_position(batch: RecordBatch, values: np.ndarray) -> np.ndarray:
+    return np.bincount(_position_of_entry(batch), weights=values, minlength=batch.num_positions)
+
+
+def _check_support(batch: RecordBatch, vocab_size: int) -> Iterator[tuple[np.ndarray, str]]:
+    position = _position_of_entry(batch)
+    ids, logprobs = batch.support_ids, batch.support_logprobs
+
+    def mark(bad_entries: np.ndarray) -> np.ndarray:
+        bad = np.zeros(batch.num_positions, dtype=bool)
+        bad[position[bad_entries]] = True
+        return bad
+
+    yield mark((ids < 0) | (ids >= vocab_size)), f"support id outside [0, {vocab_size})"
+    order = np.argsort(position * np.int64(1 << 32) + ids, kind="stable")
+    repeated = np.zeros(len(ids), dtype=bool)
+    repeated[order[1:]] = (ids[order[1:]] == ids[order[:-1]]) & (position[order[1:]] == position[order[:-1]])
+    yield mark(repeated), "a support id is repeated"
+    yield mark(~np.isfinite(logprobs) | (logprobs > LOGPROB_TOLERANCE)), "a support logprob is not finite or above 0"
+    rising = np.zeros(len(ids), dtype=bool)
+    rising[1:] = (logprobs[1:] > logprobs[:-1]) & (position[1:] == position[:-1])
+    yield mark(rising), "support logprobs are not ordered from the likeliest down"
+    for name in ("tail_logprob", "next_token_logprob"):
+        values = getattr(batch, name)
+        yield np.isnan(values) | (values > LOGPROB_TOLERANCE), f"{name} is NaN or above 0"
+    yield ~np.isfinite(batch.entropy) | (batch.entropy < -LOGPROB_TOLERANCE), "entropy is not finite or below 0"
+
+
+def _check_masses(batch: RecordBatch, vocab_size: int, codec: Codec) -> Iterator[tuple[np.ndarray, str]]:
+    logprobs, tail_logprob = batch.support_logprobs.astype(np.float64), batch.tail_logprob.astype(np.float64)
+    probs, tail = np.exp(logprobs), np.exp(tail_logprob)
+    tail_entropy = np.where(tail > 0, -tail * np.where(tail > 0, tail_logprob, 0.0), 0.0)
+    bucket_entropy = _sum_by_position(batch, -probs * logprobs) + tail_entropy
+    # A relative error e of every logprob l moves the mass by at most e * sum p|l|, which is the bucket entropy.
+    rounding = 2 * codec.relative_bound * bucket_entropy
+    mass = _sum_by_position(batch, probs) + tail
+    yield np.abs(mass - 1) > MASS_TOLERANCE + rounding, "support and tail do not sum to 1"
+    most = bucket_entropy + tail * np.log(np.maximum(vocab_size - batch.support_counts, 1))
+    slack = 1e-3 + 4 * codec.relative_bound * (1 + np.abs(batch.entropy)) + rounding
+    outside = (batch.entropy < bucket_entropy - slack) | (batch.entropy > most + slack)
+    yield outside, "entropy is not one that support and tail allow"
+
+
+def _check_next_token(batch: RecordBatch, codec: Codec) -> Iterator[tuple[np.ndarray, str]]:
+    position = _position_of_entry(batch)
+    next_ids, found = compute_next_ids(batch), batch.next_token_logprob.astype(np.float64)
+    hit = batch.support_ids == next_ids[position]
+    expected = np.full(batch.num_positions, np.nan)
+    expected[position[hit]] = batch.support_logprobs[hit]
+    allowed = LOGPROB_TOLERANCE + 2 * codec.relative_bound * np.abs(np.where(np.isfinite(found), found, 0.0))
+    differs = np.abs(expected - found) > allowed
+    yield differs, "logprob of the next token differs from the support's: signal and tokens are shifted"
+    too_likely = np.isnan(expected) & (found > batch.tail_logprob + allowed)
+    yield too_likely, "the next token lies outside the support and is likelier than the tail: signal and tokens shifted"

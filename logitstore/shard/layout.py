@@ -1,0 +1,145 @@
+"""The columns of a shard, and the conversion between them and record batches. FORMAT.md is the specification."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+
+import numpy as np
+import pyarrow as pa
+
+from logitstore.errors import IncompatibleStoreError
+from logitstore.records import DocumentSpan, RecordBatch
+from logitstore.settings import Settings
+from logitstore.shard.codec import Codec
+
+FORMAT_VERSION = 1
+METADATA_KEY = b"logitstore"
+
+
+def _list_of(value_type: pa.DataType) -> pa.DataType:
+    return pa.list_(pa.field("element", value_type, nullable=False))
+
+
+SCHEMA = pa.schema(
+    [
+        pa.field("unit", pa.int32(), nullable=False),
+        pa.field("record", pa.int32(), nullable=False),
+        pa.field("token_ids", _list_of(pa.int32()), nullable=False),
+        pa.field("loss_mask", _list_of(pa.bool_()), nullable=False),
+        pa.field("document_ids", _list_of(pa.string()), nullable=False),
+        pa.field("document_starts", _list_of(pa.int32()), nullable=False),
+        pa.field("document_offsets", _list_of(pa.int64()), nullable=False),
+        pa.field("support_counts", _list_of(pa.int32()), nullable=False),
+        pa.field("support_ids", _list_of(pa.int32()), nullable=False),
+        pa.field("support_logprobs", _list_of(pa.float32()), nullable=False),
+        pa.field("tail_logprob", _list_of(pa.float32()), nullable=False),
+        pa.field("entropy", _list_of(pa.float32()), nullable=False),
+        pa.field("next_token_logprob", _list_of(pa.float32()), nullable=False),
+    ]
+)
+DOCUMENT_COLUMNS = ("document_ids", "document_starts", "document_offsets")
+SIGNAL_COLUMNS = tuple(name for name in SCHEMA.names if name not in DOCUMENT_COLUMNS)
+# Numbers whose bytes look alike plane by plane and not value by value; measured in BENCHMARKS.md.
+SPLIT_COLUMNS = ("support_ids", "support_logprobs", "tail_logprob", "entropy", "next_token_logprob")
+
+
+class ShardHeader(Settings):
+    """What a shard says of itself in the file's key-value metadata, under the key `logitstore`."""
+
+    format_version: int
+    unit: int
+    plan_fingerprint: str
+    vocab_size: int
+    codec: Codec
+
+
+def build_schema(header: ShardHeader) -> pa.Schema:
+    """The shard's schema with the header as metadata."""
+    return SCHEMA.with_metadata({METADATA_KEY: header.model_dump_json().encode()})
+
+
+def read_header(metadata: dict[bytes, bytes] | None, where: str) -> ShardHeader:
+    """Header of a shard from its key-value metadata.
+
+    Raises:
+        IncompatibleStoreError: this is no shard, or one of another format version.
+    """
+    raw = (metadata or {}).get(METADATA_KEY)
+    if raw is None:
+        raise IncompatibleStoreError(f"{where}: expected a logitstore shard, found a Parquet file without its header")
+    values = json.loads(raw)
+    if values.get("format_version") != FORMAT_VERSION:
+        raise IncompatibleStoreError(
+            f"{where}: format version differs\n  in the shard: {values.get('format_version')}\n"
+            f"  this program reads: {FORMAT_VERSION}\ninstall a logitstore that reads that version"
+        )
+    return ShardHeader.model_validate(values)
+
+
+def build_table(batch: RecordBatch, schema: pa.Schema) -> pa.Table:
+    """Columns of a shard from a batch; values are taken as they are (the codec has been applied)."""
+    positions, entries = batch.position_offsets, batch.support_offsets
+    tokens = positions + np.arange(len(positions))
+    documents = batch.documents if batch.documents is not None else ((),) * len(batch)
+    spans = [span for record in documents for span in record]
+    segments = np.concatenate([[0], np.cumsum([len(record) for record in documents])])
+    columns: dict[str, pa.Array] = {
+        "unit": pa.array(batch.units, pa.int32()),
+        "record": pa.array(batch.indices, pa.int32()),
+        "token_ids": _build_list(tokens, batch.token_ids, schema, "token_ids"),
+        "document_ids": _build_list(segments, [span.document_id for span in spans], schema, "document_ids"),
+        "document_starts": _build_list(segments, [span.start for span in spans], schema, "document_starts"),
+        "document_offsets": _build_list(segments, [span.document_offset for span in spans], schema, "document_offsets"),
+    }
+    for name in ("support_ids", "support_logprobs"):
+        columns[name] = _build_list(entries, getattr(batch, name), schema, name)
+    for name in ("loss_mask", "support_counts", "tail_logprob", "entropy", "next_token_logprob"):
+        columns[name] = _build_list(positions, getattr(batch, name), schema, name)
+    return pa.table([columns[name] for name in schema.names], schema=schema)
+
+
+def _build_list(offsets: np.ndarray, values: object, schema: pa.Schema, name: str) -> pa.Array:
+    list_type = schema.field(name).type
+    return pa.ListArray.from_arrays(
+        pa.array(offsets, pa.int32()), pa.array(values, list_type.value_type), type=list_type
+    )
+
+
+def build_batch(table: pa.Table) -> RecordBatch:
+    """Record batch from the columns of a shard; the document columns may be absent."""
+    columns = {name: table.column(name).combine_chunks() for name in table.column_names}
+    values = {
+        name: column.flatten().to_numpy(zero_copy_only=False)
+        for name, column in columns.items()
+        if pa.types.is_list(column.type) and name != "document_ids"
+    }
+    return RecordBatch(
+        units=columns["unit"].to_numpy(),
+        indices=columns["record"].to_numpy(),
+        position_offsets=_read_offsets(columns["loss_mask"]),
+        support_offsets=_read_offsets(columns["support_ids"]),
+        documents=_read_documents(columns, values) if "document_ids" in columns else None,
+        **{name: values[name] for name in SIGNAL_COLUMNS if name not in ("unit", "record")},
+    )
+
+
+def _read_offsets(column: pa.Array) -> np.ndarray:
+    offsets: np.ndarray = column.offsets.to_numpy().astype(np.int64)
+    return np.subtract(offsets, offsets[0])
+
+
+def _read_documents(
+    columns: dict[str, pa.Array], values: dict[str, np.ndarray]
+) -> tuple[tuple[DocumentSpan, ...], ...]:
+    segments = _read_offsets(columns["document_ids"])
+    spans = [
+        DocumentSpan(document_id=document_id, start=int(start), document_offset=int(offset))
+        for document_id, start, offset in zip(
+            columns["document_ids"].flatten().to_pylist(),
+            values["document_starts"],
+            values["document_offsets"],
+            strict=True,
+        )
+    ]
+    return tuple(tuple(spans[start:stop]) for start, stop in pairwise(segments.tolist()))

@@ -1,0 +1,101 @@
+"""Read row groups of a shard from byte ranges, each checked against its digest before it is decoded."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Sequence
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from logitstore.errors import CorruptShardError
+from logitstore.records import RecordBatch
+from logitstore.shard.layout import ShardHeader, build_batch, read_header
+
+
+def check_digest(data: bytes, expected_bytes: int, expected_sha256: str, *, where: str, what_to_do: str) -> None:
+    """Hold bytes to the size and SHA-256 that were committed.
+
+    Raises:
+        CorruptShardError: they differ; prints both sides.
+    """
+    if len(data) != expected_bytes:
+        raise CorruptShardError(f"{where}: expected {expected_bytes} bytes, found {len(data)}; {what_to_do}")
+    found = hashlib.sha256(data).hexdigest()
+    if found != expected_sha256:
+        raise CorruptShardError(
+            f"{where}: the bytes are not the ones that were committed\n  sha256 in the commit: {expected_sha256}\n"
+            f"  sha256 of the bytes:  {found}\n{what_to_do}"
+        )
+
+
+def read_footer(footer: bytes, where: str) -> tuple[pq.FileMetaData, ShardHeader]:
+    """Parquet metadata and shard header from a file's last bytes (from the end of its last row group).
+
+    Raises:
+        CorruptShardError: the bytes are no Parquet footer.
+        IncompatibleStoreError: the file is no shard, or one of another format version.
+    """
+    try:
+        metadata = pq.read_metadata(pa.BufferReader(footer))
+    except (pa.ArrowInvalid, OSError) as error:
+        raise CorruptShardError(
+            f"{where}: expected a Parquet footer, found {error}; run 'logitstore verify'"
+        ) from error
+    return metadata, read_header(metadata.metadata, where)
+
+
+def decode_row_group(
+    metadata: pq.FileMetaData, row_group: int, offset: int, data: bytes, columns: Sequence[str], where: str
+) -> RecordBatch:
+    """Decode one row group from its bytes.
+
+    Args:
+        metadata: the file's footer.
+        row_group: 0-based.
+        offset: where `data` begins in the file.
+        data: the row group's bytes.
+        columns: names of the columns to decode.
+        where: names the file in errors.
+    Raises:
+        CorruptShardError: Parquet cannot decode the bytes.
+    """
+    try:
+        file = pq.ParquetFile(
+            pa.PythonFile(_FileWindow(offset, data), mode="r"), metadata=metadata, page_checksum_verification=True
+        )
+        table = file.read_row_group(row_group, columns=list(columns), use_threads=False)
+        return build_batch(table)
+    except (pa.ArrowException, OSError) as error:
+        raise CorruptShardError(f"{where}: row group {row_group} cannot be decoded: {error}") from error
+
+
+class _FileWindow(io.RawIOBase):
+    """A readable file of which only one byte range is there."""
+
+    def __init__(self, offset: int, data: bytes) -> None:
+        self._offset, self._data, self._position = offset, memoryview(data), offset
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, position: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._offset + len(self._data)}[whence]
+        self._position = base + position
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def read(self, size: int = -1) -> bytes:
+        start = self._position - self._offset
+        if start < 0:
+            raise OSError(f"byte {self._position} lies before the range that was read")
+        stop = len(self._data) if size < 0 else start + size
+        part = bytes(self._data[start:stop])
+        self._position += len(part)
+        return part

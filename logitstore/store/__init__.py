@@ -1,0 +1,1 @@
+"""The store: a plan, committed shards, manifests of them, and the checks that hold them together."""

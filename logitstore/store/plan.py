@@ -1,0 +1,141 @@
+"""plan.json: what a store is a capture of. Written once, create-only; everything else refers to its fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from logitstore.corpus.documents import CorpusFile
+from logitstore.corpus.sequences import SequenceSettings
+from logitstore.corpus.units import UnitTable
+from logitstore.errors import IncompatibleStoreError, OutsideError, StoreNotFoundError
+from logitstore.settings import Settings
+from logitstore.shard.layout import FORMAT_VERSION
+from logitstore.shard.writer import ShardSettings
+from logitstore.store.files import StoreFiles
+from logitstore.teacher.protocol import Method, TeacherIdentity
+
+PLAN_PATH = "plan.json"
+
+
+class CorpusPlan(Settings):
+    """The corpus as it was found: how its files are read, and every file with its fingerprint."""
+
+    text_field: str
+    id_field: str | None
+    max_document_bytes: int
+    files: tuple[CorpusFile, ...]
+
+
+class StorePlan(Settings):
+    """Everything that decides what a store's records are.
+
+    `units` is the columnar unit table (`UnitTable.to_json`). `created_by` and `created_at` are for people and do not
+    count when two plans are compared.
+    """
+
+    format_version: int = FORMAT_VERSION
+    teacher: TeacherIdentity
+    corpus: CorpusPlan
+    sequences: SequenceSettings
+    method: Method
+    shard: ShardSettings
+    seed: int
+    units: dict[str, Any]
+    single_writer: bool = False
+    created_by: str = ""
+    created_at: str = ""
+
+    def build_unit_table(self) -> UnitTable:
+        return UnitTable.from_json(self.units)
+
+    def compute_fingerprint(self) -> str:
+        """SHA-256 of what decides the records, as canonical JSON."""
+        return hashlib.sha256(json.dumps(self._identity(), sort_keys=True).encode()).hexdigest()
+
+    def find_differences(self, other: StorePlan) -> list[str]:
+        """Lines of 'in the store / in this capture' for every part that differs."""
+        mine, theirs = _flatten(self._identity()), _flatten(other._identity())
+        lines = []
+        for key in sorted(mine.keys() | theirs.keys()):
+            if mine.get(key) != theirs.get(key):
+                lines.append(f"{key}\n    in the store:     {mine.get(key)}\n    in this capture:  {theirs.get(key)}")
+        return lines
+
+    def _identity(self) -> dict[str, Any]:
+        values = self.model_dump(mode="json", exclude={"created_by", "created_at"})
+        # Where the weights were found and which release ran them explains small differences between attempts; it does
+        # not make another store.
+        for name in ("model", "engine_version"):
+            del values["teacher"][name]
+        return values
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and key != "units":
+            flat.update(_flatten(value, f"{name}."))
+        elif key in ("files", "units"):
+            count = len(value) if isinstance(value, list) else len(next(iter(value.values()), []))
+            digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+            flat[name] = f"{count} entries, sha256 {digest[:16]}"
+        else:
+            flat[name] = repr(value)
+    return flat
+
+
+def read_plan(files: StoreFiles) -> StorePlan:
+    """The plan of a store.
+
+    Raises:
+        StoreNotFoundError: there is no store at the URL.
+        IncompatibleStoreError: another program or format version wrote it.
+    """
+    try:
+        raw = files.read(PLAN_PATH)
+    except FileNotFoundError:
+        raise StoreNotFoundError(
+            f"{files.url}: expected a store, found no {PLAN_PATH}; check the address, or run 'logitstore capture' first"
+        ) from None
+    try:
+        values = json.loads(raw)
+        version = values["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise IncompatibleStoreError(f"{files.url}/{PLAN_PATH}: expected a store's plan, found {error!r}") from None
+    if version != FORMAT_VERSION:
+        raise IncompatibleStoreError(
+            f"{files.url}: format version differs\n  in the store: {version}\n  this program reads: {FORMAT_VERSION}\n"
+            "install a logitstore that reads that version"
+        )
+    return StorePlan.model_validate(values)
+
+
+def create_plan(files: StoreFiles, plan: StorePlan) -> StorePlan:
+    """Make a plan the store's plan, or join the store if it has the same one already.
+
+    Raises:
+        IncompatibleStoreError: the store holds another plan (both sides are printed), or its storage does not keep
+            the promise of create-only objects and the plan does not say `single_writer`.
+    """
+    for _ in range(3):
+        try:
+            existing = read_plan(files)
+        except StoreNotFoundError:
+            if not plan.single_writer:
+                files.check_create_only()
+            if files.create(PLAN_PATH, plan.model_dump_json(indent=1).encode()):
+                return plan
+            continue  # somebody was faster, or our own answer got lost: read it
+        if existing.compute_fingerprint() == plan.compute_fingerprint():
+            return existing
+        differences = "\n  ".join(existing.find_differences(plan))
+        raise IncompatibleStoreError(
+            f"{files.url}: this store was planned with other settings:\n  {differences}\n"
+            "capture into a new store, or use the settings the store was made with"
+        )
+    raise OutsideError(
+        f"{files.url}/{PLAN_PATH}: the storage says it exists and that it does not; run the command again"
+    )

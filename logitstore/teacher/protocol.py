@@ -1,0 +1,130 @@
+"""What a teacher is: its settings, its identity, and what it can be asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal, Protocol, TypeAlias
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from logitstore.records import Signal
+from logitstore.settings import Settings
+
+# Another release of the engine changes no more than rounding.
+_NOT_COMPARED = frozenset({"engine_version"})
+
+
+class TeacherSettings(Settings):
+    """Which model teaches, and how it is run.
+
+    Attributes:
+        engine: what runs it.
+        model: folder, or name on the Hugging Face hub.
+        revision: branch, tag or commit of a model on the hub.
+        tokenizer: folder or name, where it is not the model's own.
+        dtype: "auto" takes the precision that the weights are stored in.
+        device: "auto" takes the GPU where there is one.
+        batch_tokens: tokens of one forward pass, padding included.
+        head_chunk_positions: positions whose logits are held at once; bounds memory at this times the vocabulary.
+        trust_remote_code: whether a model may bring its own code.
+    """
+
+    engine: Literal["huggingface"] = "huggingface"
+    model: str
+    revision: str | None = None
+    tokenizer: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    batch_tokens: int = Field(default=8192, ge=1)
+    head_chunk_positions: int = Field(default=512, ge=1)
+    trust_remote_code: bool = False
+
+
+class TopKMethod(Settings):
+    """Keep the likeliest ids of every position.
+
+    Attributes:
+        k: how many at most.
+        top_p: keep no more than it takes to reach this mass, or None for always k.
+        min_k: keep at least these many, whatever `top_p` says.
+    """
+
+    kind: Literal["top_k"] = "top_k"
+    k: int = Field(default=64, ge=1)
+    top_p: float | None = Field(default=None, gt=0.0, le=1.0)
+    min_k: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _check_min_k(self) -> TopKMethod:
+        if self.min_k > self.k:
+            raise ValueError(f"min_k: expected at most k = {self.k}, found {self.min_k}")
+        return self
+
+
+Method: TypeAlias = TopKMethod
+
+
+class TeacherIdentity(Settings):
+    """What makes two teachers the same.
+
+    Attributes:
+        model: the name as it was given.
+        engine: what ran it.
+        engine_version: releases of the engine; not compared.
+        architecture: class of the model.
+        dtype: precision of the weights in memory.
+        weights_fingerprint: see `fingerprint.py`.
+        tokenizer_fingerprint: see `tokenizer.py`.
+        vocab_size: ids that the tokenizer can emit.
+        padded_vocab_size: width of the model's output, at least `vocab_size`.
+        max_positions: longest sequence, None where the model has no limit.
+        end_of_text_id: what follows a document.
+    """
+
+    model: str
+    engine: Literal["huggingface"]
+    engine_version: str
+    architecture: str
+    dtype: str
+    weights_fingerprint: str
+    tokenizer_fingerprint: str
+    vocab_size: int = Field(ge=1)
+    padded_vocab_size: int = Field(ge=1)
+    max_positions: int | None
+    end_of_text_id: int = Field(ge=0)
+
+    def differences(self, other: TeacherIdentity) -> list[str]:
+        """One line per field that tells two teachers apart, with both values; empty for the same teacher."""
+        pairs = (
+            (name, getattr(self, name), getattr(other, name))
+            for name in type(self).model_fields
+            if name not in _NOT_COMPARED
+        )
+        return [f"{name}: {mine!r} / {theirs!r}" for name, mine, theirs in pairs if mine != theirs]
+
+
+class Teacher(Protocol):
+    """A loaded model that scores sequences."""
+
+    @property
+    def identity(self) -> TeacherIdentity: ...
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text, without special tokens."""
+        ...
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens included."""
+        ...
+
+    def score(self, sequences: Sequence[np.ndarray]) -> Iterator[Signal]:
+        """Yield the signal of each sequence, in order, holding few of them at once.
+
+        Args:
+            sequences: [T + 1] int32 token ids each; the signal has T positions.
+        Raises:
+            ConfigError: a sequence is longer than the model can see, or has no position; before anything is computed.
+            TeacherError: an id is outside the vocabulary, or the model's logits cannot be used.
+        """
+        ...

@@ -1,0 +1,116 @@
+"""Reading a store back: what was committed, by address, by index, at a manifest."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from made_up import VOCAB_SIZE, build_records
+
+from logitstore.errors import CorruptShardError, IncompatibleStoreError, StoreNotFoundError
+from logitstore.records import RecordAddress
+from logitstore.store.logit_store import LogitStore
+
+BuildStore = Callable[..., LogitStore]
+
+
+@pytest.fixture(params=["file", "memory"])
+def store(request: pytest.FixtureRequest, build_store: BuildStore, tmp_path: Path) -> Iterator[LogitStore]:
+    yield build_store(None if request.param == "file" else f"memory://{tmp_path.name}")
+    MemoryFileSystem.store.clear()
+
+
+def test_store_read_back_holds_every_record_as_written(store: LogitStore) -> None:
+    expected = [record for unit in range(3) for record in build_records(20, unit=unit, vocab_size=VOCAB_SIZE)]
+    assert len(store) == len(expected) == 60
+    for found, record in zip(store, expected, strict=True):
+        assert found.address == record.address
+        assert found.documents == record.documents
+        np.testing.assert_array_equal(found.token_ids, record.token_ids)
+        np.testing.assert_array_equal(found.loss_mask, record.loss_mask)
+        for name in vars(record.signal):
+            np.testing.assert_array_equal(getattr(found.signal, name), getattr(record.signal, name))
+
+
+def test_store_index_and_address_name_the_same_record(store: LogitStore) -> None:
+    for i in (0, 19, 20, 41, 59, -1):
+        record = store[i]
+        np.testing.assert_array_equal(store.find(record.address).token_ids, record.token_ids)
+    with pytest.raises(IndexError, match="record 60 of a store of 60"):
+        store[60]
+    with pytest.raises(StoreNotFoundError, match="unit 1 holds 20 records"):
+        store.find(RecordAddress(unit=1, index=20))
+
+
+def test_store_statistics_equal_sums_over_the_records(store: LogitStore) -> None:
+    records = list(store)
+    statistics = store.compute_statistics()
+    assert statistics.records == len(records)
+    assert statistics.positions == sum(record.num_positions for record in records)
+    assert statistics.taught_positions == sum(int(record.loss_mask.sum()) for record in records)
+    assert statistics.support_entries == sum(len(record.signal.support_ids) for record in records)
+    assert sum(statistics.entropy_histogram) == sum(statistics.tail_histogram) == statistics.positions
+    entropies = np.concatenate([record.signal.entropy for record in records]).astype(np.float64)
+    losses = -np.concatenate([record.signal.next_token_logprob for record in records]).astype(np.float64)
+    assert statistics.mean_entropy == pytest.approx(entropies.mean(), rel=1e-12)
+    assert statistics.teacher_loss == pytest.approx(losses.mean(), rel=1e-12)
+    assert statistics.bytes >= sum(statistics.column_bytes.values()) > 0
+
+
+def test_store_of_two_sources_reports_each(build_store: BuildStore) -> None:
+    store = build_store(num_units=4, sources=("books", "code"))
+    assert store.list_sources() == ["books", "code"]
+    parts = [store.compute_statistics(source).records for source in store.list_sources()]
+    assert parts == [40, 40]
+
+
+def test_store_pickled_opens_the_same_manifest(store: LogitStore) -> None:
+    copy = pickle.loads(pickle.dumps(store))
+    assert (copy.manifest_number, copy.fingerprint) == (store.manifest_number, store.fingerprint)
+
+
+def test_open_without_store_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(StoreNotFoundError, match=r"expected a store, found no plan.json.*logitstore capture"):
+        LogitStore.open(str(tmp_path / "nowhere"))
+
+
+def test_open_of_a_manifest_that_is_not_there_lists_those_that_are(build_store: BuildStore) -> None:
+    store = build_store()
+    with pytest.raises(StoreNotFoundError, match=r"expected manifest 7, found manifests \[1\]"):
+        LogitStore.open(store.url, manifest=7)
+
+
+def test_open_of_a_newer_format_is_refused_with_both_versions(build_store: BuildStore) -> None:
+    plan = Path(build_store().url) / "plan.json"
+    plan.write_text(plan.read_text().replace('"format_version": 1', '"format_version": 9'))
+    with pytest.raises(IncompatibleStoreError, match="in the store: 9\n  this program reads: 1"):
+        LogitStore.open(str(plan.parent))
+
+
+@pytest.mark.parametrize("part", ["first byte", "pages", "footer"])
+def test_reader_with_flipped_byte_names_the_file_and_part(build_store: BuildStore, part: str) -> None:
+    store = build_store(num_units=1)
+    [path] = Path(store.url).glob("data/*.parquet")
+    data = bytearray(path.read_bytes())
+    footer = store.manifest.table["footer_offset"][0].as_py()
+    place = {"first byte": 4, "pages": footer // 2, "footer": footer + 9}[part]
+    data[place] ^= 0x40
+    path.write_bytes(data)
+    with pytest.raises(CorruptShardError, match=rf"{path.name}: (row group|footer).*(.|\n)*logitstore verify"):
+        list(LogitStore.open(store.url))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "gone", "emptied"])
+def test_reader_of_a_damaged_file_raises_and_never_ends_early(build_store: BuildStore, damage: str) -> None:
+    store = build_store(num_units=2)
+    path = sorted(Path(store.url).glob("data/*.parquet"))[1]
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[: 0 if damage == "emptied" else -100])
+    with pytest.raises(CorruptShardError, match=path.name):
+        list(LogitStore.open(store.url))

@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from logitstore.errors import ConfigError, TeacherError
+from logitstore.records import Signal
+from logitstore.teacher.huggingface import HuggingFaceTeacher
+from logitstore.teacher.loading import load_teacher
+from logitstore.teacher.protocol import TeacherSettings, TopKMethod
+
+TOKENIZER_SIZE, PADDED_SIZE = 290, 304
+FAMILIES = ["llama", "qwen3", "gemma2", "cohere", "granite", "gpt2", "qwen3_moe", "gpt_neox", "opt"]
+# float32 forward passes of another shape: hidden states and logits (up to 40 here) differ by some units of rounding.
+ATOL = 2e-4
+
+SettingsFor = Callable[..., TeacherSettings]
+
+
+def load(settings: TeacherSettings, method: TopKMethod | None = None) -> HuggingFaceTeacher:
+    teacher = load_teacher(settings, method or TopKMethod(k=16))
+    assert isinstance(teacher, HuggingFaceTeacher)
+    return teacher
+
+
+def draw_sequences(lengths: list[int], seed: int = 0) -> list[np.ndarray]:
+    """Random ids of the given numbers of positions."""
+    generator = np.random.default_rng(seed)
+    return [generator.integers(0, TOKENIZER_SIZE, length + 1).astype(np.int32) for length in lengths]
+
+
+def compute_dense(folder: str, token_ids: np.ndarray) -> np.ndarray:
+    """[T, V] float64 logprobs of the model's own forward pass over the ids of the tokenizer."""
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.inference_mode():
+        logits = model(input_ids=torch.from_numpy(token_ids[:-1].astype(np.int64))[None]).logits[0]
+    values = logits[:, :TOKENIZER_SIZE].double().numpy()
+    return values - np.logaddexp.reduce(values, axis=-1, keepdims=True)
+
+
+def check_signal(signal: Signal, dense: np.ndarray, token_ids: np.ndarray, k: int) -> None:
+    assert signal.num_positions == len(token_ids) - 1
+    assert (signal.support_counts == k).all()
+    ids = signal.support_ids.reshape(-1, k)
+    kept = np.take_along_axis(dense, ids, axis=-1)
+    np.testing.assert_allclose(signal.support_logprobs.reshape(-1, k), kept, atol=ATOL)
+    outside = dense.copy()
+    np.put_along_axis(outside, ids, -np.inf, axis=-1)
+    assert (outside.max(-1) <= kept.min(-1) + ATOL).all()
+    np.testing.assert_allclose(signal.tail_logprob, np.logaddexp.reduce(outside, axis=-1), atol=ATOL)
+    np.testing.assert_allclose(signal.entropy, -(np.exp(dense) * dense).sum(-1), atol=ATOL)
+    expected = dense[np.arange(len(dense)), token_ids[1:]]
+    np.testing.assert_allclose(signal.next_token_logprob, expected, atol=ATOL)
+
+
+def check_equal(found: list[Signal], expected: list[Signal], atol: float = ATOL) -> None:
+    assert [signal.num_positions for signal in found] == [signal.num_positions for signal in expected]
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one.support_counts, other.support_counts)
+        for column in ("support_logprobs", "tail_logprob", "entropy", "next_token_logprob"):
+            np.testing.assert_allclose(getattr(one, column), getattr(other, column), atol=atol)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_teacher_of_any_family_equals_its_own_dense_logits(family: str, settings_for: SettingsFor) -> None:
+    settings = settings_for(family, batch_tokens=60, head_chunk_positions=7)
+    teacher = load(settings)
+    assert teacher.is_head_chunked == (family != "opt")
+    sequences = draw_sequences([20, 13, 20, 1, 35])
+    for token_ids, signal in zip(sequences, teacher.score(sequences), strict=True):
+        check_signal(signal, compute_dense(settings.model, token_ids), token_ids, k=16)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "qwen3_moe"])
+@pytest.mark.parametrize("changes", [{"batch_tokens": 1}, {"batch_tokens": 10_000}, {"head_chunk_positions": 3}])
+def test_teacher_batching_and_chunking_do_not_change_results(
+    family: str, changes: dict[str, int], settings_for: SettingsFor
+) -> None:
+    sequences = draw_sequences([5, 30, 12, 12, 1, 29, 8])
+    expected = list(load(settings_for(family, batch_tokens=64)).score(sequences))
+    check_equal(list(load(settings_for(family, **changes)).score(sequences)), expected)
+
+
+def test_teacher_with_full_support_sums_to_one_over_the_tokenizers_ids(settings_for: SettingsFor) -> None:
+    teacher = load(settings_for(), TopKMethod(k=1000))
+    (signal,) = teacher.score(draw_sequences([10]))
+    assert (signal.support_counts == TOKENIZER_SIZE).all()
+    assert signal.support_ids.max() < TOKENIZER_SIZE
+    assert np.isneginf(signal.tail_logprob).all()
+    np.testing.assert_allclose(np.exp(signal.support_logprobs).reshape(10, -1).sum(-1), 1.0, atol=1e-5)
+
+
+def test_teacher_with_nucleus_cut_gives_ragged_supports_that_reach_the_mass(settings_for: SettingsFor) -> None:
+    teacher = load(settings_for(head_chunk_positions=4), TopKMethod(k=64, top_p=0.9, min_k=2))
+    for signal in teacher.score(draw_sequences([30, 11])):
+        assert len(set(signal.support_counts.tolist())) > 1
+        assert signal.support_counts.min() >= 2
+        for position in range(signal.num_positions):
+            mass = np.exp(signal.support_at(position)[1]).sum()
+            assert mass + np.exp(signal.tail_logprob[position]) == pytest.approx(1.0, abs=1e-5)
+            assert mass >= 0.9 - 1e-5 or signal.support_counts[position] == 64
+
+
+def test_teacher_types_are_those_of_a_signal(settings_for: SettingsFor) -> None:
+    (signal,) = load(settings_for()).score(draw_sequences([4]))
+    assert signal.support_counts.dtype == signal.support_ids.dtype == np.int32
+    assert signal.support_logprobs.dtype == signal.tail_logprob.dtype == np.float32
+    assert signal.entropy.dtype == signal.next_token_logprob.dtype == np.float32
+
+
+def test_teacher_in_bfloat16_stays_within_its_precision(settings_for: SettingsFor) -> None:
+    settings = settings_for(dtype="bfloat16")
+    teacher = load(settings)
+    assert teacher.identity.dtype == "bfloat16"
+    assert teacher.is_head_chunked
+    (token_ids,) = draw_sequences([24])
+    (signal,) = teacher.score([token_ids])
+    dense = compute_dense(settings.model, token_ids)
+    # 8 bits of mantissa on logits of about 20, twice.
+    assert np.abs(signal.next_token_logprob - dense[np.arange(24), token_ids[1:]]).mean() < 0.3
+
+
+def test_teacher_scores_lazily_in_order(settings_for: SettingsFor) -> None:
+    sequences = draw_sequences([3, 9, 5] * 30)
+    signals = load(settings_for(batch_tokens=16)).score(sequences)
+    assert [next(signals).num_positions for _ in range(4)] == [3, 9, 5, 3]
+    assert not torch.is_inference_mode_enabled()
+    assert len(list(signals)) == 86
+
+
+def test_teacher_score_of_nothing_is_nothing(settings_for: SettingsFor) -> None:
+    assert list(load(settings_for()).score([])) == []
+
+
+@pytest.mark.parametrize("positions", [0, 129])
+def test_teacher_with_impossible_length_is_refused_before_any_forward(
+    positions: int, settings_for: SettingsFor
+) -> None:
+    teacher = load(settings_for())
+    with pytest.raises(ConfigError, match=rf"sequence 1: expected at least 1 position .* 128, found {positions};"):
+        teacher.score(draw_sequences([5, positions]))
+
+
+def test_teacher_takes_the_longest_sequence_it_can_see(settings_for: SettingsFor) -> None:
+    for family in ("gpt2", "opt"):
+        (signal,) = load(settings_for(family)).score(draw_sequences([128]))
+        assert signal.num_positions == 128
+
+
+@pytest.mark.parametrize("bad_id", [-1, TOKENIZER_SIZE, PADDED_SIZE])
+def test_teacher_with_id_outside_the_vocabulary_names_it(bad_id: int, settings_for: SettingsFor) -> None:
+    sequences = draw_sequences([5, 5])
+    sequences[1][-1] = bad_id
+    with pytest.raises(TeacherError, match=rf"sequence 1: expected ids in \[0, 290\), found {bad_id};"):
+        load(settings_for()).score(sequences)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_teacher_with_nan_logits_names_sequence_and_position(family: str, tmp_path: Path) -> None:
+    from tests.teacher.conftest import save_model  # noqa: F401

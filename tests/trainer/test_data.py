@@ -1,0 +1,71 @@
+"""Padding ragged batches, and cutting them into micro-batches."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+from made_up import build_records
+
+from logitstore.records import Record, RecordBatch
+from trainer.data import collate, split_batch
+
+
+@pytest.fixture
+def records() -> list[Record]:
+    return build_records(7, length=9, top_k=6, seed=3)
+
+
+def test_collate_puts_every_value_of_every_record_at_its_place(records: list[Record]) -> None:
+    padded = collate(RecordBatch.from_records(records))
+    T = max(record.num_positions for record in records)
+    K = max(int(record.signal.support_counts.max()) for record in records)
+    assert padded.support_ids.shape == padded.support_logprobs.shape == (7, T, K)
+    for i, record in enumerate(records):
+        stop = record.num_positions
+        np.testing.assert_array_equal(padded.input_ids[i, :stop], record.token_ids[:-1])
+        np.testing.assert_array_equal(padded.next_ids[i, :stop], record.token_ids[1:])
+        np.testing.assert_array_equal(padded.loss_mask[i, :stop], record.loss_mask)
+        for name in ("tail_logprob", "entropy", "next_token_logprob"):
+            np.testing.assert_array_equal(getattr(padded, name)[i, :stop], getattr(record.signal, name))
+        for position in range(stop):
+            ids, logprobs = record.signal.support_at(position)
+            np.testing.assert_array_equal(padded.support_ids[i, position, : len(ids)], ids)
+            np.testing.assert_array_equal(padded.support_logprobs[i, position, : len(ids)], logprobs)
+            assert (padded.support_logprobs[i, position, len(ids) :] == -np.inf).all()
+            assert (padded.support_ids[i, position, len(ids) :] == 0).all()
+
+
+def test_collate_of_padding_teaches_nothing_and_is_not_attended_to(records: list[Record]) -> None:
+    padded = collate(RecordBatch.from_records(records))
+    lengths = torch.tensor([record.num_positions for record in records])
+    is_padding = torch.arange(padded.input_ids.shape[1]) >= lengths[:, None]
+    assert is_padding.any()
+    assert torch.equal(padded.attention_mask == 0, is_padding)
+    assert not padded.loss_mask[is_padding].any()
+    assert (padded.support_logprobs[is_padding] == -np.inf).all()
+    assert (padded.tail_logprob[is_padding] == -np.inf).all()
+
+
+def test_collate_dtypes_are_those_that_torch_indexes_and_sums_with(records: list[Record]) -> None:
+    padded = collate(RecordBatch.from_records(records))
+    found = {field.name: getattr(padded, field.name).dtype for field in fields(padded)}
+    ids = dict.fromkeys(("input_ids", "next_ids", "attention_mask", "support_ids"), torch.int64)
+    values = ("support_logprobs", "tail_logprob", "entropy", "next_token_logprob")
+    assert found == {**ids, **dict.fromkeys(values, torch.float32), "loss_mask": torch.bool}
+
+
+@pytest.mark.parametrize("sequences", [1, 2, 3, 7, 10])
+def test_split_batch_joined_again_is_the_batch(records: list[Record], sequences: int) -> None:
+    batch = RecordBatch.from_records(records)
+    parts = list(split_batch(batch, sequences))
+    assert [len(part) for part in parts[:-1]] == [sequences] * (len(parts) - 1)
+    joined = RecordBatch.from_records([record for part in parts for record in part])
+    for field in fields(RecordBatch):
+        expected = getattr(batch, field.name)
+        if field.name == "documents":
+            assert joined.documents == expected
+        else:
+            np.testing.assert_array_equal(getattr(joined, field.name), expected)

@@ -1,0 +1,47 @@
+"""The quickstart's corpus: source text of the Python standard library that every interpreter carries."""
+
+from __future__ import annotations
+
+import sysconfig
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+# One file in 16 is held out. The shipped teacher never saw these files either (make_teacher.py asks the same
+# function), so its figures on held-out records are not flattered by memory.
+HELD_OUT_ONE_IN = 16
+# Longer files are tables (unicode names, opcodes, test data) rather than source text.
+LONGEST_FILE_BYTES = 300_000
+LONGEST_MEAN_LINE_BYTES = 120
+
+
+def build_stdlib_root() -> Path:
+    """Folder of the running interpreter's standard library."""
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
+def is_held_out(relative_path: str) -> bool:
+    """Whether a standard library file, named by its path below the library's root, is kept for evaluation."""
+    return zlib.crc32(relative_path.encode()) % HELD_OUT_ONE_IN == 0
+
+
+def read_sources(root: Path, *, with_tests: bool = False) -> Iterator[tuple[str, str]]:
+    """Yield (path below root, text) of every plain source file, in path order.
+
+    Third-party packages below the root, files that are not UTF-8 and tables of data are left out; test suites too,
+    unless asked for.
+    """
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        if "site-packages" in relative.parts or "dist-packages" in relative.parts:
+            continue
+        if not with_tests and {"test", "tests", "idle_test"} & set(relative.parts):
+            continue
+        raw = path.read_bytes()
+        if not 0 < len(raw) <= LONGEST_FILE_BYTES or len(raw) > LONGEST_MEAN_LINE_BYTES * (raw.count(b"\n") + 1):
+            continue
+        try:
+            text = raw.decode("utf-8")
+        except UnicodeDecodeError:
+            continue
+        yield relative.as_posix(), text

@@ -1,0 +1,189 @@
+"""The settings of a training run.
+
+What the store's manifest knows (vocabulary, teacher, method, codec, sequence length) is not among them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from logitstore.errors import ConfigError
+from logitstore.settings import Settings
+from logitstore.stream.selection import HeldOut
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Precision = Literal["float32", "bfloat16"]
+
+
+class StudentSettings(Settings):
+    """Where the student comes from: exactly one of `model` and `config`.
+
+    Attributes:
+        model: name or folder of a pretrained transformers causal LM.
+        config: keys of a transformers config, with `model_type`, for a student with fresh weights. `vocab_size`,
+            `bos_token_id` and `eos_token_id` are the teacher's unless given.
+        dtype: of the weights, and so of the optimizer's state. bfloat16 halves both, and loses updates smaller than
+            1/256 of a weight.
+    """
+
+    model: str | None = None
+    config: dict[str, Any] | None = None
+    dtype: Precision = "float32"
+
+    @model_validator(mode="after")
+    def _check_source(self) -> Self:
+        if (self.model is None) == (self.config is None):
+            raise ValueError("expected exactly one of model and config")
+        if self.config is not None and "model_type" not in self.config:
+            raise ValueError("config: expected a model_type, such as llama")
+        return self
+
+
+class LossSettings(Settings):
+    """`weight` * distillation + (1 - `weight`) * cross-entropy.
+
+    Attributes:
+        kind: `bucket_kl` distils; `cross_entropy` trains on the text alone, whatever `weight` says, so that the
+            baseline of a run differs from it in this one key.
+        weight: of the distillation term. 0.7 to 0.9 is where top-k stores are taught best.
+        weight_schedule: `wsd` moves the weight like a `wsd` learning rate: up from 0, stable, down again.
+        temperature: 1 only, see the error.
+    """
+
+    kind: Literal["bucket_kl", "cross_entropy"] = "bucket_kl"
+    weight: Fraction = 0.8
+    weight_schedule: Literal["constant", "wsd"] = "constant"
+    temperature: float = 1.0
+
+    @field_validator("temperature")
+    @classmethod
+    def _check_temperature(cls, temperature: float) -> float:
+        if temperature != 1.0:
+            raise ValueError(
+                "expected 1: a store keeps logprobs that are normalized at temperature 1, and without the normalizer "
+                "of another temperature the mass outside the support is unknown there"
+            )
+        return temperature
+
+
+class OptimizerSettings(Settings):
+    """AdamW; `weight_decay` applies to matrices only, `gradient_clip` bounds the norm of the whole gradient."""
+
+    learning_rate: float = Field(default=3e-4, gt=0)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    weight_decay: float = Field(default=0.1, ge=0)
+    gradient_clip: float | None = Field(default=1.0, gt=0)
+
+
+class ScheduleSettings(Settings):
+    """How the learning rate moves over the run.
+
+    Attributes:
+        kind: `wsd` warms up, stays, and decays over the last part; `cosine` decays all the way after the warm-up;
+            `constant` only warms up.
+        warmup_steps: None takes 2% of the run.
+        decay_fraction: last part of the run over which `wsd` decays.
+        final_fraction: of the peak, reached at the end by `wsd` and `cosine`.
+    """
+
+    kind: Literal["wsd", "cosine", "constant"] = "wsd"
+    warmup_steps: int | None = Field(default=None, ge=0)
+    decay_fraction: Fraction = 0.2
+    final_fraction: Fraction = 0.0
+
+
+class TrainSettings(Settings):
+    """One training run.
+
+    Attributes:
+        store: URL of the store.
+        manifest: number of the manifest to read. `latest` is resolved when the run starts and stays, when it resumes.
+        student, loss, optimizer, schedule: see there.
+        global_batch_sequences: sequences per optimizer step, over all processes.
+        micro_batch_sequences: sequences per forward and backward on one process; None takes all of a step at once.
+        steps: optimizer steps of the whole run.
+        precision: `bfloat16` runs the student under autocast; losses are reduced in float32 either way.
+        seed: of fresh weights, of the order of the records, and of dropout.
+        held_out: records that are evaluated on and not trained on.
+        evaluate_every: steps between evaluations; None evaluates once, at the end.
+        checkpoint_every: steps between checkpoints; None writes one only when the run is interrupted.
+        keep_checkpoints: how many of the newest stay.
+        log_every: steps per line of metrics.
+        log_records: write the addresses of the records of every step to records-rank<r>.jsonl.
+        output: folder of everything the run writes. A run that finds a checkpoint there goes on from it.
+        device: of torch, such as `cuda`; None takes a GPU where there is one.
+        storage_options: of fsspec, for the store; better left to the environment. Never written anywhere.
+    """
+
+    store: str
+    manifest: Annotated[int, Field(ge=1)] | Literal["latest"] = "latest"
+    student: StudentSettings
+    loss: LossSettings = LossSettings()
+    global_batch_sequences: int = Field(gt=0)
+    micro_batch_sequences: int | None = Field(default=None, gt=0)
+    steps: int = Field(gt=0)
+    optimizer: OptimizerSettings = OptimizerSettings()
+    schedule: ScheduleSettings = ScheduleSettings()
+    precision: Precision = "float32"
+    seed: int = Field(default=0, ge=0)
+    held_out: HeldOut | None = None
+    evaluate_every: int | None = Field(default=None, gt=0)
+    checkpoint_every: int | None = Field(default=None, gt=0)
+    keep_checkpoints: int = Field(default=2, gt=0)
+    log_every: int = Field(default=10, gt=0)
+    log_records: bool = False
+    output: str
+    device: str | None = None
+    storage_options: dict[str, Any] = Field(default_factory=dict, exclude=True, repr=False)
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.evaluate_every is not None and self.held_out is None:
+            raise ValueError("evaluate_every: expected held_out records to evaluate on, found none")
+        warmup_steps = self.schedule.warmup_steps
+        if warmup_steps is not None and warmup_steps > self.steps:
+            raise ValueError(f"schedule.warmup_steps: expected at most the {self.steps} steps, found {warmup_steps}")
+        return self
+
+
+class EvaluateSettings(Settings):
+    """One evaluation of a student on a store.
+
+    Attributes:
+        store, manifest: as in `TrainSettings`.
+        student: folder of a student.
+        held_out: the records to evaluate on; None evaluates on all.
+        micro_batch_sequences: sequences per forward pass.
+        precision, device, storage_options: as in `TrainSettings`.
+    """
+
+    store: str
+    manifest: Annotated[int, Field(ge=1)] | Literal["latest"] = "latest"
+    student: str
+    held_out: HeldOut | None = None
+    micro_batch_sequences: int = Field(default=8, gt=0)
+    precision: Precision = "float32"
+    device: str | None = None
+    storage_options: dict[str, Any] = Field(default_factory=dict, exclude=True, repr=False)
+
+
+def check_batch_divides(settings: TrainSettings, world_size: int) -> None:
+    """Check that every process gets the same number of full micro-batches in every step.
+
+    Raises:
+        ConfigError: names the two numbers that do not divide.
+    """
+    if settings.global_batch_sequences % world_size:
+        raise ConfigError(
+            f"global_batch_sequences: expected a multiple of the {world_size} processes, "
+            f"found {settings.global_batch_sequences}; choose another batch or another number of processes"
+        )
+    sequences_per_rank = settings.global_batch_sequences // world_size
+    micro_batch = settings.micro_batch_sequences
+    if micro_batch is not None and sequences_per_rank % micro_batch:
+        raise ConfigError(
+            f"micro_batch_sequences: expected a divisor of the {sequences_per_rank} sequences that each of "
+            f"{world_size} process(es) has per step, found {micro_batch}"
+        )

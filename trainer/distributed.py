@@ -1,0 +1,92 @@
+"""The processes of a run: one alone, or those that torchrun or Ray Train started."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from logitstore.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Processes:
+    """This process among those of the run."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
+        """Sums of each value over all ranks, in float64; the same numbers on every rank."""
+        if self.world_size == 1:
+            return [float(value) for value in values]
+        sums = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(sums)
+        return [float(value) for value in sums.tolist()]
+
+    def take_from_first(self, number: int) -> int:
+        """Rank 0's number, on every rank."""
+        if self.world_size == 1:
+            return number
+        shared = torch.tensor(number, dtype=torch.int64, device=self.device)
+        dist.broadcast(shared, src=0)
+        return int(shared.item())
+
+    def wait_for_all(self) -> None:
+        """Return when every rank has come here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def join_processes(device: str | None = None) -> Iterator[Processes]:
+    """Join the process group that the environment describes, and leave it at the end.
+
+    A group that is open already (Ray Train opens one) is used and left open. Without one, and without the
+    environment of torchrun, this process is the whole run.
+
+    Args:
+        device: of torch; None takes a GPU where there is one, one per process.
+
+    Raises:
+        ConfigError: torch does not know the device, or does not see it.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    chosen = choose_device(device, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if dist.is_initialized():
+        yield Processes(rank=dist.get_rank(), world_size=dist.get_world_size(), device=chosen)
+    elif world_size == 1:
+        yield Processes(rank=0, world_size=1, device=chosen)
+    else:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        try:
+            yield Processes(rank=dist.get_rank(), world_size=world_size, device=chosen)
+        finally:
+            dist.destroy_process_group()
+
+
+def choose_device(device: str | None, *, local_rank: int = 0) -> torch.device:
+    """The device named, or a GPU where there is one; a bare `cuda` means the GPU of this process on its machine.
+
+    Raises:
+        ConfigError: torch does not know the device, or does not see it.
+    """
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ConfigError(f"device: expected a device of torch such as 'cpu' or 'cuda', found {device!r}") from error
+    if chosen.type != "cuda":
+        return chosen
+    chosen = torch.device("cuda", local_rank if chosen.index is None else chosen.index)
+    if chosen.index is None or chosen.index >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device: expected one of the {torch.cuda.device_count()} GPU(s) that torch sees, found {str(chosen)!r}"
+        )
+    return chosen

@@ -1,0 +1,220 @@
+"""The training loop: one student, one store, one process or many.
+
+`train` reads from top to bottom; what a step does is in `take_step`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from logitstore.errors import TrainingError
+from logitstore.records import RecordBatch
+from trainer.config import TrainSettings
+from trainer.data import collate, split_batch
+from trainer.distributed import join_processes
+from trainer.evaluate import Evaluation, compute_logits
+from trainer.interrupt import listen_for_stop
+from trainer.loss.objective import DistillationLoss, compute_distillation_loss
+from trainer.optimizer import compute_distillation_weight, compute_learning_rate_scale, set_learning_rate
+from trainer.progress import StepResult
+from trainer.run import Run, evaluate_run, prepare_run, save_run
+from trainer.run_logs import RunLogs
+from trainer.student import save_student
+
+_LOGGER = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainReport:
+    """How a run ended.
+
+    Attributes:
+        steps: optimizer steps done, those before a resume included.
+        positions: positions trained on, likewise.
+        interrupted: whether the run was asked to stop; the same command goes on from its checkpoint.
+        evaluation: of the finished student on the held-out records; None without such, or when interrupted.
+        student: folder of the finished student; None when interrupted.
+    """
+
+    steps: int
+    positions: int
+    interrupted: bool
+    evaluation: Evaluation | None
+    student: Path | None
+
+
+def train(settings: TrainSettings, *, on_step: Callable[[StepResult], None] | None = None) -> TrainReport:
+    """Train a student to the end of its settings, or until somebody asks it to stop (SIGTERM).
+
+    Finds a checkpoint of the same run in the output folder and goes on from it: bit for bit as if it had never
+    stopped, with as many processes as before; with another number of them over the same global batches.
+
+    Args:
+        settings: of the run.
+        on_step: called on every rank after every step.
+
+    Raises:
+        ConfigError: settings and the number of processes, or the store, do not go together.
+        IncompatibleStoreError: student and store disagree on vocabulary or tokenizer.
+        TrainingError: the checkpoint belongs to another run, or loss or gradient are not finite.
+        CorruptShardError, OutsideError: the store cannot be read.
+    """
+    with ExitStack() as stack:
+        stop_request = stack.enter_context(listen_for_stop())
+        processes = stack.enter_context(join_processes(settings.device))
+        run = prepare_run(settings, processes)
+        stack.callback(run.stream.close)
+        logs = stack.enter_context(RunLogs(run))
+
+        should_stop = False
+        while run.step < settings.steps and not should_stop:
+            batch = next(run.stream)
+            result = take_step(run, batch)
+            logs.write_step(result, batch)
+            if on_step is not None:
+                on_step(result)
+            if _is_due(run, settings.evaluate_every) and run.step < settings.steps:
+                logs.write_evaluation(evaluate_run(run))
+            should_stop = processes.sum_over_ranks([stop_request.is_made])[0] > 0  # all ranks stop at the same step
+            if should_stop or _is_due(run, settings.checkpoint_every):
+                save_run(run)
+
+        return finish_run(run, logs)
+
+
+def take_step(run: Run, batch: RecordBatch) -> StepResult:
+    """One optimizer step on this rank's part of the global batch.
+
+    The gradient is that of the mean over all taught positions of the global batch, however they are spread over ranks
+    and micro-batches.
+
+    Raises:
+        TrainingError: loss or gradient are not finite; the student is as it was before the step.
+    """
+    settings, processes = run.settings, run.processes
+    seed_random(settings.seed, run.step, processes.rank)
+    learning_rate = settings.optimizer.learning_rate * compute_learning_rate_scale(
+        run.step, settings.steps, settings.schedule
+    )
+    weight = compute_distillation_weight(run.step, settings.steps, settings.loss, settings.schedule)
+    positions, taught = processes.sum_over_ranks([batch.num_positions, int(batch.loss_mask.sum())])
+
+    parts = list(split_batch(batch, settings.micro_batch_sequences or len(batch)))
+    # DDP takes the mean of the ranks' gradients; the scale makes it their sum over all taught positions.
+    losses = accumulate_gradient(run, parts, weight, scale=processes.world_size / max(taught, 1.0))
+    kl_sum, ce_sum = processes.sum_over_ranks(
+        [sum(loss.bucket_kl.item() for loss in losses), sum(loss.cross_entropy.item() for loss in losses)]
+    )
+    gradient_norm = torch.nn.utils.clip_grad_norm_(
+        run.student.parameters(), settings.optimizer.gradient_clip or math.inf
+    ).item()
+    check_finite(run.step, parts, losses, kl_sum + ce_sum, gradient_norm)
+
+    set_learning_rate(run.optimizer, learning_rate)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.step += 1
+    run.positions += int(positions)
+    return StepResult(
+        step=run.step,
+        bucket_kl=kl_sum / max(taught, 1.0),
+        cross_entropy=ce_sum / max(taught, 1.0),
+        distillation_weight=weight,
+        learning_rate=learning_rate,
+        gradient_norm=gradient_norm,
+        positions=int(positions),
+        taught_positions=int(taught),
+    )
+
+
+def accumulate_gradient(
+    run: Run, parts: Sequence[RecordBatch], distillation_weight: float, *, scale: float
+) -> list[DistillationLoss]:
+    """Forward and backward over micro-batches; each adds the gradient of its loss sum times `scale`."""
+    losses = []
+    for part in parts:
+        with _synchronize_gradients(run.model, is_last=part is parts[-1]):
+            inputs = collate(part).to(run.processes.device)
+            logits = compute_logits(run.model, inputs, run.settings.precision)
+            loss = compute_distillation_loss(
+                logits,
+                inputs,
+                vocab_size=run.store.plan.teacher.vocab_size,
+                distillation_weight=distillation_weight,
+            )
+            (loss.total * scale).backward()
+        losses.append(loss)
+    return losses
+
+
+def finish_run(run: Run, logs: RunLogs) -> TrainReport:
+    """Evaluate and save a student that has made all its steps; report what there is where the run was interrupted."""
+    steps = run.settings.steps
+    if run.step < steps:
+        _LOGGER.warning("asked to stop: %d of %d steps done, saved in %s", run.step, steps, run.output)
+        return TrainReport(steps=run.step, positions=run.positions, interrupted=True, evaluation=None, student=None)
+    evaluation = None
+    if len(run.held_out):
+        evaluation = evaluate_run(run)
+        logs.write_evaluation(evaluation)
+    folder = run.output / "student"
+    if run.is_first_rank:
+        save_student(run.student, folder, run.store.plan.teacher, run.settings.student)
+    run.processes.wait_for_all()
+    return TrainReport(
+        steps=run.step, positions=run.positions, interrupted=False, evaluation=evaluation, student=folder
+    )
+
+
+def check_finite(
+    step: int, parts: Sequence[RecordBatch], losses: Sequence[DistillationLoss], loss_sum: float, gradient_norm: float
+) -> None:
+    """Check loss and gradient before they reach the weights.
+
+    Raises:
+        TrainingError: names the step, and the records of the micro-batches whose loss is not finite.
+    """
+    if math.isfinite(loss_sum) and math.isfinite(gradient_norm):
+        return
+    bad = [
+        str(address)
+        for part, loss in zip(parts, losses, strict=True)
+        if not math.isfinite((loss.bucket_kl + loss.cross_entropy).item())
+        for address in part.addresses()
+    ]
+    where = f"among the records {', '.join(bad)}" if bad else "not on this rank, or only in the backward pass"
+    raise TrainingError(
+        f"step {step}: expected a finite loss and gradient, found {loss_sum} (sum of losses) and {gradient_norm} "
+        f"(gradient norm), {where}; look at the records with 'logitstore inspect', lower the learning rate, or go on "
+        "from an earlier checkpoint"
+    )
+
+
+def seed_random(seed: int, step: int, rank: int) -> None:
+    """Seed every generator that a model may draw from (dropout), for one step of one rank."""
+    drawn = np.random.SeedSequence([seed, step, rank]).generate_state(2)
+    torch.manual_seed(int(drawn[0]))
+    np.random.seed(int(drawn[1]))
+    random.seed(int(drawn[1]))
+
+
+def _synchronize_gradients(model: torch.nn.Module, *, is_last: bool) -> AbstractContextManager[None]:
+    """Let ranks exchange gradients in the last micro-batch of a step only; before it they add up their own."""
+    if isinstance(model, DistributedDataParallel) and not is_last:
+        return model.no_sync()
+    return nullcontext()
+
+
+def _is_due(run: Run, every: int | None) -> bool:
+    """Whether something that happens every so many steps, and after the last one, happens now."""
+    return every is not None and (run.step % every == 0 or run.step == run.settings.steps)

@@ -1,0 +1,79 @@
+"""What a step reports, and the means over the steps of one line of metrics."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """One optimizer step, the same on every rank.
+
+    Attributes:
+        step: optimizer steps done, this one included.
+        bucket_kl, cross_entropy: nats, means over the taught positions of the global batch, before the update.
+        distillation_weight: of the KL in the loss; the rest of 1 is the cross-entropy's.
+        learning_rate, gradient_norm: of this update, the norm before clipping.
+        positions: of the global batch, padding not counted.
+        taught_positions: those that the loss is over.
+    """
+
+    step: int
+    bucket_kl: float
+    cross_entropy: float
+    distillation_weight: float
+    learning_rate: float
+    gradient_norm: float
+    positions: int
+    taught_positions: int
+
+    @property
+    def loss(self) -> float:
+        return self.distillation_weight * self.bucket_kl + (1 - self.distillation_weight) * self.cross_entropy
+
+
+class StepWindow:
+    """The steps since the last line of metrics, with the time they took: waiting for records, and what followed."""
+
+    def __init__(self, *, data_wait_seconds: float = 0.0) -> None:
+        self._results: list[StepResult] = []
+        self._seconds = 0.0
+        self._data_wait_seconds = data_wait_seconds
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leave out of the window's time what has passed since its last step."""
+        self._clock = time.perf_counter()
+
+    def add(self, result: StepResult) -> None:
+        """Take in a step that has just ended."""
+        self._results.append(result)
+        now = time.perf_counter()
+        self._seconds += now - self._clock
+        self._clock = now
+
+    def compute_means(self, *, total_positions: int, data_wait_seconds: float) -> dict[str, float]:
+        """Metrics of the window by name: losses as means over taught positions, the rest as of the last step.
+
+        Args:
+            total_positions: that the student has been trained on since the start of the run.
+            data_wait_seconds: that this process has ever waited for records.
+        """
+        last = self._results[-1]
+        taught = max(1, sum(result.taught_positions for result in self._results))
+
+        def mean(name: str) -> float:
+            return float(sum(getattr(result, name) * result.taught_positions for result in self._results)) / taught
+
+        return {
+            "train/loss": mean("loss"),
+            "train/bucket_kl": mean("bucket_kl"),
+            "train/cross_entropy": mean("cross_entropy"),
+            "train/distillation_weight": last.distillation_weight,
+            "train/learning_rate": last.learning_rate,
+            "train/gradient_norm": last.gradient_norm,
+            "train/positions": total_positions,
+            "train/positions_per_second": sum(result.positions for result in self._results) / self._seconds,
+            "train/data_wait_fraction": (data_wait_seconds - self._data_wait_seconds) / self._seconds,
+        }

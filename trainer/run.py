@@ -1,0 +1,173 @@
+"""A run: what lives as long as a call of `train`, prepared from settings or a checkpoint."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
+
+from logitstore.store.logit_store import LogitStore
+from logitstore.stream.iterator import RecordStream
+from logitstore.stream.selection import split_row_groups
+from trainer.checkpoint import (
+    CheckpointHeader,
+    check_same_run,
+    find_latest_checkpoint,
+    load_state,
+    read_header,
+    save_checkpoint,
+)
+from trainer.config import TrainSettings, check_batch_divides
+from trainer.distributed import Processes
+from trainer.evaluate import Evaluation, evaluate
+from trainer.optimizer import build_optimizer
+from trainer.student import build_student, check_student_fits
+
+_LOGGER = logging.getLogger(__name__)
+# Sequences per forward pass of an evaluation where the run has no micro-batch of its own.
+_EVALUATION_SEQUENCES = 8
+# Settings that may change when a run goes on: where it reads and writes, how it is cut up, what it reports. The
+# store counts by the fingerprint of its records.
+_FREE_SETTINGS = frozenset(
+    {
+        "store",
+        "manifest",
+        "micro_batch_sequences",
+        "evaluate_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "log_every",
+        "log_records",
+        "output",
+        "device",
+    }
+)
+
+
+@dataclass(kw_only=True, eq=False)
+class Run:
+    """What lives as long as a run. `step` counts the optimizer steps done, `positions` what they were trained on."""
+
+    settings: TrainSettings
+    processes: Processes
+    store: LogitStore
+    held_out: np.ndarray
+    student: PreTrainedModel
+    model: torch.nn.Module  # the student, wrapped where there are several processes
+    optimizer: torch.optim.Optimizer
+    stream: RecordStream
+    step: int = 0
+    positions: int = 0
+
+    @property
+    def output(self) -> Path:
+        return Path(self.settings.output)
+
+    @property
+    def is_first_rank(self) -> bool:
+        return self.processes.rank == 0
+
+
+def prepare_run(settings: TrainSettings, processes: Processes) -> Run:
+    """Open the store, build the student, and take both to where a checkpoint in the output folder left them."""
+    check_batch_divides(settings, processes.world_size)
+    checkpoint = find_latest_checkpoint(Path(settings.output) / "checkpoints")
+    header = None if checkpoint is None else read_header(checkpoint)
+
+    store = open_pinned_store(settings, header, processes)
+    train_row_groups, held_out_row_groups = split_row_groups(store, settings.held_out)
+    stream = RecordStream(
+        store,
+        row_groups=train_row_groups,
+        global_batch_sequences=settings.global_batch_sequences,
+        seed=settings.seed,
+        rank=processes.rank,
+        world_size=processes.world_size,
+    )
+    student = build_student(settings.student, store.plan.teacher, seed=settings.seed, device=processes.device)
+    check_student_fits(student, store)
+    optimizer = build_optimizer(student, settings.optimizer)
+    run = Run(
+        settings=settings,
+        processes=processes,
+        store=store,
+        held_out=held_out_row_groups,
+        student=student,
+        model=student,
+        optimizer=optimizer,
+        stream=stream,
+    )
+    if checkpoint is not None and header is not None:
+        check_same_run(checkpoint, header.identity, build_identity(run))
+        load_state(checkpoint, student, optimizer, processes.device)
+        stream.load_state_dict(header.stream)
+        run.step, run.positions = header.step, header.positions
+        _LOGGER.info("going on from %s", checkpoint)
+    if processes.world_size > 1:
+        run.model = DistributedDataParallel(
+            student, device_ids=[processes.device] if processes.device.type == "cuda" else None
+        )
+    run.model.train()
+    return run
+
+
+def open_pinned_store(settings: TrainSettings, header: CheckpointHeader | None, processes: Processes) -> LogitStore:
+    """Open the store at one manifest for the whole run: the checkpoint's, else the one that rank 0 finds.
+
+    A store may grow while a run goes on, and "latest" is not the same for two ranks that ask at different moments.
+    """
+    manifest = settings.manifest
+    if manifest == "latest" and header is not None:
+        manifest = header.manifest_number
+    store = LogitStore.open(settings.store, manifest, settings.storage_options)
+    assert store.manifest_number is not None  # only a live snapshot has none
+    shared_number = processes.take_from_first(store.manifest_number)
+    if shared_number == store.manifest_number:
+        return store
+    return LogitStore.open(settings.store, shared_number, settings.storage_options)
+
+
+def evaluate_run(run: Run) -> Evaluation:
+    """Evaluate the student as it is on the held-out records, which the ranks share."""
+    row_groups = run.held_out[run.processes.rank :: run.processes.world_size]
+    return evaluate(
+        run.student,
+        (run.store.read_row_group(int(row_group)) for row_group in row_groups),
+        vocab_size=run.store.plan.teacher.vocab_size,
+        micro_batch_sequences=run.settings.micro_batch_sequences or _EVALUATION_SEQUENCES,
+        precision=run.settings.precision,
+        processes=run.processes,
+    )
+
+
+def save_run(run: Run) -> None:
+    """Write a checkpoint from rank 0; the others wait for it."""
+    if run.is_first_rank:
+        assert run.store.manifest_number is not None
+        header = CheckpointHeader(
+            step=run.step,
+            positions=run.positions,
+            manifest_number=run.store.manifest_number,
+            stream=run.stream.state_dict(),
+            identity=build_identity(run),
+        )
+        folder = run.output / "checkpoints"
+        save_checkpoint(folder, header, run.student, run.optimizer, keep=run.settings.keep_checkpoints)
+    run.processes.wait_for_all()
+
+
+def build_identity(run: Run) -> dict[str, Any]:
+    """Name and value of everything that must stay the same for a run to go on from its checkpoint."""
+    identity: dict[str, Any] = {"store": run.store.fingerprint}
+    for name, value in run.settings.model_dump(mode="json", exclude=set(_FREE_SETTINGS)).items():
+        if isinstance(value, dict):
+            identity.update({f"{name}.{key}": part for key, part in value.items()})
+        else:
+            identity[name] = value
+    return identity

@@ -1,0 +1,66 @@
+"""What a run writes down while it goes on: its settings, its metrics, and the records of every step if asked."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+import yaml
+
+from logitstore.records import RecordBatch
+from trainer.evaluate import Evaluation
+from trainer.metrics import JsonLines, MetricsWriter
+from trainer.progress import StepResult, StepWindow
+from trainer.run import Run
+
+
+class RunLogs:
+    """The files of a run below its output folder; metrics are written by rank 0 alone."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._window = StepWindow()
+        self._metrics: MetricsWriter | None = None
+        self._records: JsonLines | None = None
+        run.output.mkdir(parents=True, exist_ok=True)
+        if run.is_first_rank:
+            settings = yaml.safe_dump(run.settings.model_dump(mode="json"), sort_keys=False)
+            (run.output / "settings.yaml").write_text(settings, encoding="utf-8")
+            self._metrics = MetricsWriter(run.output, first_step=run.step)
+        if run.settings.log_records:
+            path = run.output / f"records-rank{run.processes.rank}.jsonl"
+            self._records = JsonLines(path, first_step=run.step)
+
+    def write_step(self, result: StepResult, batch: RecordBatch) -> None:
+        """Take note of a step; a line of metrics is written every `log_every` steps and after the last one."""
+        if self._records is not None:
+            self._records.write(result.step, {"records": [str(address) for address in batch.addresses()]})
+        self._window.add(result)
+        settings = self._run.settings
+        if result.step % settings.log_every and result.step != settings.steps:
+            return
+        waited = self._run.stream.data_wait_seconds
+        means = self._window.compute_means(total_positions=self._run.positions, data_wait_seconds=waited)
+        if self._metrics is not None:
+            self._metrics.write(result.step, means)
+        self._window = StepWindow(data_wait_seconds=waited)
+
+    def write_evaluation(self, evaluation: Evaluation) -> None:
+        """Write an evaluation's figures at the run's present step."""
+        if self._metrics is not None:
+            figures = {f"held_out/{name}": value for name, value in evaluation.list_scalars().items()}
+            self._metrics.write(self._run.step, figures)
+        self._window.restart_clock()  # an evaluation is no part of a step's time
+
+    def close(self) -> None:
+        for file in (self._metrics, self._records):
+            if file is not None:
+                file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,140 @@
+"""The student: built for a store, checked against its teacher, saved as a folder that transformers loads."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from logitstore.errors import ConfigError, IncompatibleStoreError
+from logitstore.store.logit_store import LogitStore
+from logitstore.teacher.protocol import TeacherIdentity
+from logitstore.teacher.tokenizer import load_tokenizer
+from trainer.config import StudentSettings
+
+_LOGGER = logging.getLogger(__name__)
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# What a folder holds that a tokenizer can be loaded from; a student's folder may come without one.
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+
+def build_student(
+    settings: StudentSettings, teacher: TeacherIdentity, *, seed: int, device: torch.device
+) -> PreTrainedModel:
+    """Load the pretrained student, or make one with fresh weights that the seed decides.
+
+    Raises:
+        ConfigError: transformers cannot load or build it.
+        IncompatibleStoreError: it comes with another tokenizer than the teacher's.
+    """
+    dtype = _DTYPES[settings.dtype]
+    if settings.model is not None:
+        student = _load_pretrained(settings.model, dtype)
+        _check_tokenizer(settings.model, teacher)
+    else:
+        assert settings.config is not None  # checked when the settings were built
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            student = _build_fresh(_complete_config(settings.config, teacher), dtype)
+    student.to(device)  # type: ignore[arg-type]  # transformers' decorator hides the true signature
+    return student
+
+
+def _load_pretrained(model: str, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        student: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"student.model: expected a causal language model of transformers, found {model!r}: {error}"
+        ) from error
+    return student
+
+
+def _build_fresh(config: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        student: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=dtype)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(f"student.config: cannot be built: {error}; the keys are those of transformers") from error
+    return student
+
+
+def _complete_config(config: dict[str, Any], teacher: TeacherIdentity) -> dict[str, Any]:
+    """The config with the teacher's vocabulary and special tokens where it says nothing of its own."""
+    end_of_text = teacher.end_of_text_id
+    defaults = {"vocab_size": teacher.vocab_size, "bos_token_id": end_of_text, "eos_token_id": end_of_text}
+    return {**defaults, **config}
+
+
+def check_student_fits(student: PreTrainedModel, store: LogitStore) -> None:
+    """Check that a student can learn from a store: vocabulary and length.
+
+    A head that is wider than the teacher's vocabulary (padded to a rounder number) fits: what is too much is cut off.
+
+    Raises:
+        IncompatibleStoreError: the student's head is narrower than the teacher's vocabulary, or the student reads
+            fewer positions than the store's sequences have; both numbers are printed.
+    """
+    teacher = store.plan.teacher
+    head = student.get_output_embeddings()
+    width = student.config.get_text_config().vocab_size if head is None else head.weight.shape[0]
+    if width < teacher.vocab_size:
+        raise IncompatibleStoreError(
+            f"student: its vocabulary is narrower than the teacher's\n  student: {width} ids\n"
+            f"  teacher: {teacher.vocab_size} ids, in {store.url}\nchoose a student with the teacher's tokenizer"
+        )
+    length = store.plan.sequences.length
+    longest = getattr(student.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and longest < length:
+        raise IncompatibleStoreError(
+            f"student: it reads fewer positions than the store's sequences have\n  student: {longest} "
+            f"(max_position_embeddings)\n  store:   {length}, in {store.url}\nchoose or configure a longer student"
+        )
+
+
+def _check_tokenizer(model: str, teacher: TeacherIdentity) -> None:
+    """Check that a pretrained student reads token ids as the teacher does, where it says how it reads them."""
+    if Path(model).is_dir() and not any((Path(model) / name).exists() for name in _TOKENIZER_FILES):
+        return
+    fingerprint = load_tokenizer(model).fingerprint
+    if fingerprint != teacher.tokenizer_fingerprint:
+        raise IncompatibleStoreError(
+            f"student.model: {model!r} has another tokenizer than the teacher, so the same ids are other text\n"
+            f"  student: {fingerprint}\n  teacher: {teacher.tokenizer_fingerprint}, {teacher.model!r}\n"
+            "choose a student of the teacher's family"
+        )
+
+
+def save_student(student: PreTrainedModel, folder: Path, teacher: TeacherIdentity, settings: StudentSettings) -> None:
+    """Save a finished student as a folder that transformers and vLLM load, in place of an earlier one.
+
+    The tokenizer comes from the student's or the teacher's folder; where neither is within reach any more, the folder
+    is saved without one, which is logged.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    student.save_pretrained(temporary)
+    for source in (settings.model, teacher.model):
+        if source is not None and _save_tokenizer(source, temporary, teacher):
+            break
+    else:
+        _LOGGER.warning(
+            "%s: saved without a tokenizer: the teacher's, %r, cannot be loaded here", folder, teacher.model
+        )
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.replace(folder)
+
+
+def _save_tokenizer(source: str, folder: Path, teacher: TeacherIdentity) -> bool:
+    """Save the tokenizer of a model beside the student, if it is the one that the teacher read with."""
+    try:
+        fingerprint = load_tokenizer(source).fingerprint
+    except ConfigError:
+        return False
+    if fingerprint != teacher.tokenizer_fingerprint:
+        return False
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return True
