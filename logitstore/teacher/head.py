@@ -90,7 +90,7 @@ class ChunkedLogits:
     @torch.inference_mode()
     def _check(self, num_tokens: int) -> tuple[torch.Tensor, float | None]:
         """Reference logits of a few tokens, and how far the chunked ones are off; None where they cannot be had."""
-        vocab_size = self._model.get_input_embeddings().weight.shape[0]
+        vocab_size = int(self._model.config.get_text_config().vocab_size)
         token_ids = torch.arange(num_tokens, device=self._model.device) * 7919 % vocab_size
         try:
             reference = self._model(input_ids=token_ids[None], use_cache=False).logits[0]
@@ -115,7 +115,7 @@ def _answering(body: torch.nn.Module, answer: object) -> Iterator[None]:
     def forward(*args: object, **kwargs: object) -> object:
         return answer
 
-    body.forward = forward  # type: ignore[method-assign]
+    body.forward = forward
     try:
         yield
     finally:

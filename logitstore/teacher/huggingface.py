@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from logitstore.errors import ConfigError, TeacherError
 from logitstore.records import Signal
@@ -204,7 +204,7 @@ def load_huggingface_teacher(settings: TeacherSettings, method: Method) -> Huggi
             f"teacher {settings.model!r}: cannot be loaded: {error}; give a folder made by save_pretrained, or a name "
             "on the hub"
         ) from error
-    model = model.to(device).eval()
+    model.to(device).eval()  # type: ignore[arg-type]  # transformers wraps `to` in a way that hides self
     return HuggingFaceTeacher(model, tokenizer, method, settings, compute_weights_fingerprint(folder))
 
 
@@ -217,4 +217,6 @@ def _choose_device(settings: TeacherSettings) -> str:
 def _find_folder(settings: TeacherSettings) -> Path:
     """Where the files of a model lie: the folder given, or the snapshot in the hub's cache."""
     config = cached_file(settings.model, "config.json", revision=settings.revision)
+    if config is None:
+        raise OSError("there is no config.json")
     return Path(config).parent

@@ -100,6 +100,18 @@ def train_tokenizer(size: int = TOKENIZER_SIZE) -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
+def make_model() -> Callable[..., Path]:
+    """`save_model`: make_model(family, folder, seed=…, dtype=…)."""
+    return save_model
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
+    """`train_tokenizer`: make_tokenizer(size)."""
+    return train_tokenizer
+
+
+@pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Folder of a tiny model of a family, made once."""
     made: dict[str, Path] = {}

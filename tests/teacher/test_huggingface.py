@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from logitstore.errors import ConfigError, TeacherError
 from logitstore.records import Signal
+from logitstore.teacher.head import ChunkedLogits
 from logitstore.teacher.huggingface import HuggingFaceTeacher
 from logitstore.teacher.loading import load_teacher
 from logitstore.teacher.protocol import TeacherSettings, TopKMethod
@@ -161,6 +162,104 @@ def test_teacher_with_id_outside_the_vocabulary_names_it(bad_id: int, settings_f
         load(settings_for()).score(sequences)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt"])
-def test_teacher_with_nan_logits_names_sequence_and_position(family: str, tmp_path: Path) -> None:
-    from tests.teacher.conftest import save_model  # noqa: F401
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_teacher_with_nan_logits_names_sequence_and_position(
+    family: str, settings_for: SettingsFor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute = ChunkedLogits.compute
+
+    def compute_with_nan_after_id_7(logits: ChunkedLogits, sequences: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+        token_ids = torch.cat(sequences)
+        for chunk in compute(logits, sequences):
+            yield chunk.masked_fill(token_ids[: len(chunk), None] == 7, float("nan"))
+            token_ids = token_ids[len(chunk) :]
+
+    monkeypatch.setattr(ChunkedLogits, "compute", compute_with_nan_after_id_7)
+    sequences = [np.full(length, 50, dtype=np.int32) for length in (9, 30, 20)]
+    sequences[2][11] = 7
+    with pytest.raises(TeacherError, match=r"sequence 2, position 11: expected finite logits, found NaN at id 0;"):
+        list(load(settings_for(family, head_chunk_positions=6)).score(sequences))
+
+
+def test_load_of_a_model_with_nan_weights_says_so_when_scoring(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(make_model("llama", tmp_path))
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    model.save_pretrained(tmp_path)
+    teacher = load(TeacherSettings(model=str(tmp_path), device="cpu"))
+    with pytest.raises(TeacherError, match="sequence 0, position 0: expected finite logits, found NaN"):
+        list(teacher.score(draw_sequences([4])))
+
+
+def test_teacher_that_fell_back_to_full_logits_says_so(
+    settings_for: SettingsFor, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="logitstore"):
+        load(settings_for("llama"))
+        assert not caplog.messages
+        load(settings_for("opt"))
+    (message,) = caplog.messages
+    assert message.startswith("OPTForCausalLM: the head cannot be run apart from the body")
+
+
+def test_identity_of_two_loads_is_the_same(settings_for: SettingsFor) -> None:
+    first, second = (load(settings_for()).identity for _ in range(2))
+    assert first == second
+    assert (first.vocab_size, first.padded_vocab_size, first.max_positions) == (TOKENIZER_SIZE, PADDED_SIZE, 128)
+    assert (first.architecture, first.dtype, first.end_of_text_id) == ("LlamaForCausalLM", "float32", 0)
+
+
+def test_identity_with_one_changed_weight_differs_in_the_weights_only(
+    make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = make_model("llama", tmp_path)
+    settings = TeacherSettings(model=str(folder), device="cpu")
+    before = load(settings).identity
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] += 0.001
+    model.save_pretrained(folder)
+    differences = before.differences(load(settings).identity)
+    assert [line.split(":")[0] for line in differences] == ["weights_fingerprint"]
+
+
+def test_identity_in_another_precision_differs(settings_for: SettingsFor) -> None:
+    differences = load(settings_for()).identity.differences(load(settings_for(dtype="bfloat16")).identity)
+    assert differences == ["dtype: 'float32' / 'bfloat16'"]
+
+
+def test_load_with_tokenizer_wider_than_the_model_prints_both_sizes(
+    settings_for: SettingsFor, make_tokenizer: Callable[..., object], tmp_path: Path
+) -> None:
+    make_tokenizer(PADDED_SIZE + 1).save_pretrained(tmp_path)  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match=r"tokenizer: 305\n  outputs of the model: 304"):
+        load(settings_for(tokenizer=str(tmp_path)))
+
+
+def test_load_of_a_folder_without_a_model_says_what_to_give(
+    make_tokenizer: Callable[..., object], tmp_path: Path
+) -> None:
+    make_tokenizer().save_pretrained(tmp_path)  # type: ignore[attr-defined]
+    with pytest.raises(TeacherError, match=r"cannot be loaded: .*; give a folder made by save_pretrained"):
+        load(TeacherSettings(model=str(tmp_path)))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_load_on_a_device_that_is_not_there_is_refused(settings_for: SettingsFor) -> None:
+    with pytest.raises(ConfigError, match="expected a CUDA device, found none"):
+        load(settings_for(device="cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_teacher_on_a_gpu_gives_the_results_of_the_cpu(settings_for: SettingsFor) -> None:
+    sequences = draw_sequences([30, 12, 30, 5])
+    expected = list(load(settings_for()).score(sequences))
+    check_equal(list(load(settings_for(device="cuda")).score(sequences)), expected, atol=1e-2)
+
+
+def test_teacher_encodes_and_decodes_without_adding_anything(settings_for: SettingsFor) -> None:
+    teacher = load(settings_for())
+    texts = ["  with open(path) as stream:\n", "ünïcode ☃"]
+    assert [teacher.decode(token_ids) for token_ids in teacher.encode(texts)] == texts
+    assert teacher.encode([]) == []

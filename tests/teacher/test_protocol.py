@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from logitstore.errors import ConfigError
+from logitstore.settings import build_settings
+from logitstore.teacher.protocol import TeacherIdentity, TeacherSettings, TopKMethod
+
+IDENTITY = TeacherIdentity(
+    model="teacher",
+    engine="huggingface",
+    engine_version="1",
+    architecture="LlamaForCausalLM",
+    dtype="float32",
+    weights_fingerprint="a",
+    tokenizer_fingerprint="b",
+    vocab_size=100,
+    padded_vocab_size=128,
+    max_positions=None,
+    end_of_text_id=0,
+)
+
+
+def test_differences_name_every_field_with_both_values() -> None:
+    other = IDENTITY.model_copy(update={"vocab_size": 101, "dtype": "bfloat16"})
+    assert IDENTITY.differences(other) == ["dtype: 'float32' / 'bfloat16'", "vocab_size: 100 / 101"]
+
+
+def test_differences_of_another_engine_version_are_none() -> None:
+    assert IDENTITY.differences(IDENTITY.model_copy(update={"engine_version": "2"})) == []
+
+
+def test_identity_survives_json() -> None:
+    assert TeacherIdentity.model_validate_json(IDENTITY.model_dump_json()) == IDENTITY
+
+
+@pytest.mark.parametrize("values", [{"k": 0}, {"top_p": 0.0}, {"top_p": 1.1}, {"k": 4, "min_k": 5}, {"kind": "sample"}])
+def test_method_with_impossible_values_is_refused(values: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="method: 1 setting"):
+        build_settings(TopKMethod, values, where="method")
+
+
+def test_teacher_settings_need_only_a_model() -> None:
+    settings = build_settings(TeacherSettings, {"model": "some/model"}, where="teacher")
+    assert (settings.engine, settings.tokenizer, settings.device) == ("huggingface", None, "auto")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("module", "forbidden"),
+    [
+        ("logitstore.teacher.loading", {"torch", "transformers"}),
+        ("logitstore.teacher.protocol", {"torch", "transformers"}),
+        ("logitstore.teacher.fingerprint", {"torch", "transformers"}),
+        ("logitstore.corpus.documents", {"torch", "transformers"}),
+        ("logitstore.corpus.sequences", {"torch", "transformers"}),
+    ],
+)
+def test_import_of_a_light_module_leaves_the_heavy_packages_out(module: str, forbidden: set[str]) -> None:
+    code = f"import sys, {module}; print(*set(sys.modules) & {forbidden!r})"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == []
