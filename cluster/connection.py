@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 from collections.abc import Iterator
 
 import ray
@@ -42,6 +43,8 @@ def connect(address: str | None, *, num_cpus: int | None = None) -> Iterator[Non
         where = address or "this machine"
         raise OutsideError(f"Ray at {where}: expected a cluster, found {error}; check --address") from error
     try:
-        yield
+        # Ray prints what it has to say, a lost worker for example, where a command prints its result.
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
     finally:
         ray.shutdown()

@@ -65,7 +65,10 @@ def join_processes(device: str | None = None) -> Iterator[Processes]:
     elif world_size == 1:
         yield Processes(rank=0, world_size=1, device=chosen)
     else:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        if chosen.type == "cuda":
+            dist.init_process_group("nccl", device_id=chosen)
+        else:
+            dist.init_process_group("gloo")
         try:
             yield Processes(rank=dist.get_rank(), world_size=world_size, device=chosen)
         finally:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import shutil
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from logitstore.errors import ConfigError, IncompatibleStoreError
@@ -20,6 +22,8 @@ _LOGGER = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # What a folder holds that a tokenizer can be loaded from; a student's folder may come without one.
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+# Keys that every transformers config takes without having a field of that name.
+_CONFIG_KEYS = frozenset({"model_type", "attn_implementation", "rope_theta", "rope_scaling"})
 
 
 def build_student(
@@ -56,9 +60,16 @@ def _load_pretrained(model: str, dtype: torch.dtype) -> PreTrainedModel:
 
 def _build_fresh(config: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
     try:
-        student: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=dtype)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        built = AutoConfig.for_model(**config)
+        student: PreTrainedModel = AutoModelForCausalLM.from_config(built, dtype=dtype)
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"student.config: cannot be built: {error}; the keys are those of transformers") from error
+    known = {field.name for field in fields(built)} | built.attribute_map.keys() | _CONFIG_KEYS
+    if unknown := sorted(config.keys() - known):
+        raise ConfigError(
+            f"student.config: expected keys of {type(built).__name__}, found {', '.join(unknown)}, which transformers "
+            "would ignore"
+        )
     return student
 
 

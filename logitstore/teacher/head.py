@@ -40,7 +40,8 @@ class ChunkedLogits:
         self._chunk_positions = chunk_positions
         reference, difference = self._check(num_checked_tokens)
         self.width = int(reference.shape[-1])
-        tolerance = _TOLERANCE.get(reference.dtype, 1e-4) * max(1.0, float(reference.abs().max()))
+        largest = float(reference.float().nan_to_num(posinf=0.0, neginf=0.0).abs().max())
+        tolerance = _TOLERANCE.get(reference.dtype, 1e-4) * max(1.0, largest)
         self.is_chunked = difference is not None and difference <= tolerance
         if not self.is_chunked:
             _LOGGER.warning(
@@ -104,7 +105,8 @@ class ChunkedLogits:
             return reference, None
         if chunked.shape != reference.shape:
             return reference, None
-        return reference, float((chunked.float() - reference.float()).abs().max())
+        difference = (chunked.float() - reference.float()).masked_fill(chunked == reference, 0.0)  # both may be -inf
+        return reference, float(difference.abs().max())
 
 
 @contextmanager

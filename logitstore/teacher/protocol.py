@@ -11,8 +11,8 @@ from pydantic import Field, model_validator
 from logitstore.records import Signal
 from logitstore.settings import Settings
 
-# Another release of the engine changes no more than rounding.
-_NOT_COMPARED = frozenset({"engine_version"})
+# Where the weights were found, and which release ran them, changes no more than rounding.
+_NOT_COMPARED = frozenset({"model", "engine_version"})
 
 
 class TeacherSettings(Settings):

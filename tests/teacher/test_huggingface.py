@@ -88,6 +88,15 @@ def test_teacher_batching_and_chunking_do_not_change_results(
     check_equal(list(load(settings_for(family, **changes)).score(sequences)), expected)
 
 
+def test_teacher_with_logits_in_small_blocks_gives_the_same_results(
+    settings_for: SettingsFor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sequences = draw_sequences([5, 30, 12])
+    expected = list(load(settings_for()).score(sequences))
+    monkeypatch.setattr("logitstore.teacher.huggingface.NUM_LOGITS_AT_ONCE", 4 * TOKENIZER_SIZE)
+    check_equal(list(load(settings_for()).score(sequences)), expected, atol=1e-6)
+
+
 def test_teacher_with_full_support_sums_to_one_over_the_tokenizers_ids(settings_for: SettingsFor) -> None:
     teacher = load(settings_for(), TopKMethod(k=1000))
     (signal,) = teacher.score(draw_sequences([10]))
@@ -234,6 +243,22 @@ def test_load_with_tokenizer_wider_than_the_model_prints_both_sizes(
     make_tokenizer(PADDED_SIZE + 1).save_pretrained(tmp_path)  # type: ignore[attr-defined]
     with pytest.raises(ConfigError, match=r"tokenizer: 305\n  outputs of the model: 304"):
         load(settings_for(tokenizer=str(tmp_path)))
+
+
+def test_load_of_a_hub_name_finds_the_snapshot_in_the_cache(
+    model_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = tmp_path / "models--some--teacher" / "snapshots" / "abc"
+    snapshot.parent.mkdir(parents=True)
+    snapshot.symlink_to(model_folder("llama"))
+    (tmp_path / "models--some--teacher" / "refs").mkdir()
+    (tmp_path / "models--some--teacher" / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
+    by_name = load(TeacherSettings(model="some/teacher", device="cpu")).identity
+    by_path = load(TeacherSettings(model=str(model_folder("llama")), device="cpu")).identity
+    assert [line.split(":")[0] for line in by_name.differences(by_path)] == ["model"]
 
 
 def test_load_of_a_folder_without_a_model_says_what_to_give(

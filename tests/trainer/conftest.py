@@ -41,7 +41,9 @@ def build_model(seed: int, **changes: object) -> PreTrainedModel:
     return model.eval()
 
 
-def build_taught_records(teacher: PreTrainedModel, num_records: int, *, unit: int = 0, top_k: int = TOP_K) -> list[Record]:
+def build_taught_records(
+    teacher: PreTrainedModel, num_records: int, *, unit: int = 0, top_k: int = TOP_K
+) -> list[Record]:
     """Records of unequal lengths with the exact signals of a model, drawn and summed in float64."""
     generator = np.random.default_rng([7, unit])
     records = []
@@ -71,27 +73,36 @@ def taught_records(teacher: PreTrainedModel) -> list[Record]:
     return build_taught_records(teacher, 6)
 
 
-@pytest.fixture(scope="session")
-def taught_store(teacher: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> LogitStore:
-    """Four units of 16 records, the last one of them of the source `held`."""
-    folder = tmp_path_factory.mktemp("store")
+def fill_store(folder: Path, teacher: PreTrainedModel, units: range) -> LogitStore:
+    """Commit some of the four units of a store (16 records each, the last unit of the source `held`), then open it."""
     files = StoreFiles(str(folder / "store"))
     # A path, so that nobody looks for the teacher's tokenizer on a network.
     identity = build_identity(model=str(folder / "teacher"))
-    sources = ("train", "train", "train", "held")
-    plan = create_plan(files, build_plan(4, sources=sources, teacher=identity))
-    for unit in range(4):
+    plan = create_plan(files, build_plan(4, sources=("train", "train", "train", "held"), teacher=identity))
+    for unit in units:
         records = build_taught_records(teacher, 16, unit=unit)
         commit_unit(files, put_shard(files, plan, unit, records, build_attempt(), folder))
     write_manifest(files, plan.compute_fingerprint())
     return LogitStore.open(files.url)
 
 
-@pytest.fixture
-def make_settings(taught_store: LogitStore, tmp_path: Path) -> Callable[..., TrainSettings]:
-    """Function that builds the settings of a short run over the taught store, with whatever changes."""
+@pytest.fixture(scope="session")
+def taught_store(teacher: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> LogitStore:
+    return fill_store(tmp_path_factory.mktemp("taught"), teacher, range(4))
 
-    def make(**changes: object) -> TrainSettings:
+
+@pytest.fixture
+def grow_store(teacher: PreTrainedModel, tmp_path: Path) -> Callable[[range], LogitStore]:
+    """Function that commits more units to a store of this test's own."""
+    (tmp_path / "grown").mkdir()
+    return lambda units: fill_store(tmp_path / "grown", teacher, units)
+
+
+@pytest.fixture(scope="session")
+def make_settings_in(taught_store: LogitStore) -> Callable[..., TrainSettings]:
+    """Function that builds the settings of a short run in a folder, with whatever changes."""
+
+    def make(output: Path, **changes: object) -> TrainSettings:
         values: dict[str, object] = {
             "store": taught_store.url,
             "student": {"config": CONFIG},
@@ -100,9 +111,15 @@ def make_settings(taught_store: LogitStore, tmp_path: Path) -> Callable[..., Tra
             "optimizer": {"learning_rate": 1e-2},
             "held_out": {"source": "held"},
             "log_every": 2,
-            "output": str(tmp_path / "run"),
+            "output": str(output),
             "device": "cpu",
         }
         return build_settings(TrainSettings, {**values, **changes}, where="test")
 
     return make
+
+
+@pytest.fixture
+def make_settings(make_settings_in: Callable[..., TrainSettings], tmp_path: Path) -> Callable[..., TrainSettings]:
+    """The same in a folder of the test's own, unless another `output` is among the changes."""
+    return lambda **changes: make_settings_in(**{"output": tmp_path / "run", **changes})

@@ -22,7 +22,11 @@ CPU = torch.device("cpu")
 
 def build_header(step: int) -> CheckpointHeader:
     return CheckpointHeader(
-        step=step, positions=10 * step, manifest_number=1, stream={"step": step, "fingerprint": "f"}, identity={"seed": 0}
+        step=step,
+        positions=10 * step,
+        manifest_number=1,
+        stream={"step": step, "fingerprint": "f"},
+        identity={"seed": 0},
     )
 
 

@@ -122,10 +122,7 @@ def test_evaluation_of_the_teacher_against_shifted_targets_shows_it(
 
 
 def test_evaluation_does_not_depend_on_the_micro_batch(teacher: PreTrainedModel, taught_store: LogitStore) -> None:
-    torch.manual_seed(0)
-    for parameter in teacher.parameters():
-        assert not parameter.grad
-    one, many = (evaluate_all(teacher, taught_store, micro_batch_sequences=n) for n in (1, 16))
+    one, many = (evaluate_all(teacher, taught_store, micro_batch_sequences=n) for n in (3, 16))
     for name, value in one.list_scalars().items():
         assert many.list_scalars()[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
 

@@ -70,7 +70,9 @@ def test_distillation_weight_follows_a_wsd_shape_under_any_learning_rate() -> No
 
 
 def test_distillation_weight_is_constant_by_default() -> None:
-    weights = {compute_distillation_weight(step, 10, LossSettings(weight=0.7), ScheduleSettings()) for step in range(10)}
+    weights = {
+        compute_distillation_weight(step, 10, LossSettings(weight=0.7), ScheduleSettings()) for step in range(10)
+    }
     assert weights == {0.7}
 
 

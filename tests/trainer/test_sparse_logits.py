@@ -58,7 +58,9 @@ def test_losses_and_gradients_equal_autograd_of_the_definitions(kl_weight: float
     # Another weight at every position, as masks and the normalization make them.
     position_weight = torch.rand(5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     weights = kl_weight * position_weight, ce_weight * position_weight
-    found, expected = (differentiate(function, case, *weights) for function in (compute_sparse_losses, compute_reference))
+    found, expected = (
+        differentiate(function, case, *weights) for function in (compute_sparse_losses, compute_reference)
+    )
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 

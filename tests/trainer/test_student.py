@@ -63,14 +63,14 @@ def test_fresh_student_weights_are_decided_by_the_seed_alone() -> None:
         assert one.ndim < 2 or not torch.equal(one, three)
 
 
-@pytest.mark.parametrize("changes", [{"model_type": "no-such-model"}, {"hidden_size": "wide"}])
+@pytest.mark.parametrize("changes", [{"model_type": "no-such-model"}, {"hidden_size": "wide"}, {"num_layers": 3}])
 def test_fresh_student_of_an_impossible_config_is_refused(changes: dict[str, object]) -> None:
-    with pytest.raises(ConfigError, match="student.config"):
+    with pytest.raises(ConfigError, match=r"student\.config"):
         build_fresh(**changes)
 
 
 def test_pretrained_student_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="student.model: expected a causal language model"):
+    with pytest.raises(ConfigError, match=r"student\.model: expected a causal language model"):
         build_student(StudentSettings(model=str(tmp_path / "none")), build_identity(), seed=0, device=CPU)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sysconfig
 import zlib
 from collections.abc import Iterator
@@ -45,3 +46,23 @@ def read_sources(root: Path, *, with_tests: bool = False) -> Iterator[tuple[str,
         except UnicodeDecodeError:
             continue
         yield relative.as_posix(), text
+
+
+def write_corpus(folder: Path, *, train_bytes: int, held_out_bytes: int) -> dict[str, int]:
+    """Write `train.jsonl` and `held_out.jsonl`, a document per library file; returns the documents in each.
+
+    Files are taken in an order that mixes the library's packages, until the text reaches the size asked for.
+    """
+    files = sorted(read_sources(build_stdlib_root()), key=lambda file: zlib.crc32(f"order {file[0]}".encode()))
+    folder.mkdir(parents=True, exist_ok=True)
+    written = {}
+    for name, kept, size in (("train", False, train_bytes), ("held_out", True, held_out_bytes)):
+        documents, taken = [], 0
+        for path, text in files:
+            if is_held_out(path) is kept and taken < size:
+                documents.append({"path": path, "text": text})
+                taken += len(text.encode())
+        lines = "".join(json.dumps(document) + "\n" for document in documents)
+        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+        written[name] = len(documents)
+    return written

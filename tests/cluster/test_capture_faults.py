@@ -1,0 +1,199 @@
+"""Captures on a real Ray whose processes get killed: every unit committed once, nothing lost, nothing left running."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from checkout import ROOT
+from tiny_models import save_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from logitstore.store.commit import COMMITS, list_units, read_quarantine
+from logitstore.store.files import StoreFiles
+from logitstore.store.logit_store import LogitStore
+from logitstore.store.verify import verify_store
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+NUM_DOCUMENTS = 240
+MARK = "LOGITSTORE_TEST_RUN"
+
+
+class Processes:
+    """Captures in processes of their own, and whatever these start: found by a mark in their environment."""
+
+    def __init__(self, folder: Path) -> None:
+        self._mark = uuid.uuid4().hex
+        self._environment = {
+            **os.environ,
+            MARK: self._mark,
+            "HOME": str(folder),
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(folder / "ray-token"),
+        }
+        (folder / "ray-token").write_text(uuid.uuid4().hex)
+
+    def start(self, settings: Path, *arguments: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", "from tools.cli import main; main()", "capture", str(settings), "--json"]
+        return subprocess.Popen(
+            [*command, *arguments], env=self._environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    def find(self, name: str = "") -> list[int]:
+        """Ids of living processes of ours whose command line holds a name."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                is_ours = f"{MARK}={self._mark}".encode() in (folder / "environ").read_bytes()
+                command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            except OSError:
+                continue
+            if is_ours and command and name in command:
+                found.append(int(folder.name))
+        return found
+
+    def kill_all(self) -> None:
+        for process in self.find():
+            os.kill(process, signal.SIGKILL)
+
+
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds} s in vain for {what}"
+        time.sleep(0.02)  # polls other processes; nothing is timed by it
+
+
+@pytest.fixture
+def processes(tmp_path: Path) -> Iterator[Processes]:
+    processes = Processes(tmp_path)
+    yield processes
+    processes.kill_all()
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Path:
+    """A capture of 60 units with two actors."""
+    teacher = save_model("llama", tmp_path / "teacher")
+    documents = [{"text": f"value_{i} = read({i})\n" * 40} for i in range(NUM_DOCUMENTS)]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    values = {
+        "store": str(tmp_path / "store"),
+        "corpus": {"files": [str(tmp_path / "corpus.jsonl")]},
+        "teacher": {"model": str(teacher), "device": "cpu"},
+        "method": {"k": 8},
+        "sequences": {"length": 64},
+        "unit_bytes": (tmp_path / "corpus.jsonl").stat().st_size // 60,
+        "actors": {"count": 2, "cpus": 0.5},
+    }
+    path = tmp_path / "capture.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def count_commits(settings: Path) -> int:
+    return len(list_units(StoreFiles(str(settings.parent / "store")), COMMITS))
+
+
+def check_store_is_whole(settings: Path) -> None:
+    files = StoreFiles(str(settings.parent / "store"))
+    store = LogitStore.open(files.url)
+    num_units = len(store.plan.build_unit_table())
+    assert num_units > 40
+    assert list_units(files, COMMITS) == list(range(num_units))
+    assert store.manifest.units.tolist() == list(range(num_units))
+    statistics = store.compute_statistics()
+    assert statistics.documents == statistics.recorded_documents == NUM_DOCUMENTS
+    verification = verify_store(files)
+    assert verification.problems == ()
+    assert verification.records == len(store)
+
+
+def finish(process: subprocess.Popen[str]) -> dict[str, object]:
+    output, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    summary: dict[str, object] = json.loads(output)
+    return summary
+
+
+def test_capture_whose_driver_and_then_an_actor_are_killed_ends_whole(processes: Processes, settings: Path) -> None:
+    driver = processes.start(settings)
+    wait_until(lambda: count_commits(settings) >= 3 or driver.poll() is not None, "the first commits")
+    driver.send_signal(signal.SIGKILL)
+    driver.communicate()
+    after_kill = count_commits(settings)
+    assert after_kill >= 3
+
+    second = processes.start(settings)
+    wait_until(lambda: count_commits(settings) >= after_kill + 4 or second.poll() is not None, "more commits")
+    actors = processes.find("ray::CaptureActor")
+    assert actors
+    os.kill(actors[0], signal.SIGKILL)
+    finish(second)
+    check_store_is_whole(settings)
+
+    done = processes.start(settings)
+    finish(done)
+    check_store_is_whole(settings)
+    wait_until(lambda: not processes.find(), "all processes to end")
+
+
+def test_capture_rerun_with_other_settings_is_refused_with_both_sides(processes: Processes, settings: Path) -> None:
+    finish(processes.start(settings))
+    process = processes.start(settings, "method.k=4")
+    output, errors = process.communicate(timeout=200)
+    assert (process.returncode, output) == (3, "")
+    assert "in the store:     8" in errors
+    assert "in this capture:  4" in errors
+    check_store_is_whole(settings)
+
+
+def test_two_drivers_at_once_commit_every_unit_once(processes: Processes, settings: Path) -> None:
+    both = [processes.start(settings) for _ in range(2)]
+    for process in both:
+        finish(process)
+    check_store_is_whole(settings)
+
+
+def poison(teacher: Path, text: str) -> None:
+    """Give a teacher logits that are not numbers wherever a text has stood."""
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[tokenizer(text)["input_ids"]] = torch.nan
+    model.save_pretrained(teacher)
+
+
+def test_unit_that_always_fails_is_set_aside_and_the_others_are_captured(
+    processes: Processes, settings: Path, tmp_path: Path
+) -> None:
+    poison(tmp_path / "teacher", "Ω")
+    corpus = tmp_path / "corpus.jsonl"
+    lines = corpus.read_text().splitlines()
+    lines[100] = json.dumps({"text": "here it comes: Ω"})
+    corpus.write_text("\n".join(lines) + "\n")
+    process = processes.start(settings)
+    output, errors = process.communicate(timeout=200)
+    assert process.returncode == 3, errors
+    summary = json.loads(output)
+    files = StoreFiles(str(tmp_path / "store"))
+    [entry] = read_quarantine(files)
+    assert "logits" in entry.error
+    assert entry.attempts == 3
+    num_units = len(LogitStore.open(files.url).plan.build_unit_table())
+    assert set(list_units(files, COMMITS)) == set(range(num_units)) - {entry.unit}
+    assert verify_store(files).is_clean
+    assert str(entry.unit) in errors
+    assert summary

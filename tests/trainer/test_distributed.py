@@ -1,0 +1,126 @@
+"""Runs of several processes, started as torchrun starts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from logitstore.errors import ConfigError
+from trainer.config import TrainSettings
+from trainer.distributed import choose_device, join_processes
+from trainer.loop import train
+
+MakeSettings = Callable[..., TrainSettings]
+
+# Trains, and asks rank 1 alone to stop after STOP_STEP.
+SCRIPT = """
+import os, signal, sys
+from logitstore.settings import read_settings
+from trainer.config import TrainSettings
+from trainer.loop import train
+
+def stop(result):
+    if os.environ.get("STOP_STEP") == str(result.step) and os.environ.get("RANK", "0") == os.environ["STOP_RANK"]:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+report = train(read_settings(TrainSettings, sys.argv[1]), on_step=stop)
+print("steps", report.steps, "interrupted", report.interrupted)
+"""
+
+
+def run_processes(settings: TrainSettings, folder: Path, world_size: int, *, stop_step: int | None = None) -> str:
+    """Train with a number of processes and return what they printed."""
+    (folder / "script.py").write_text(SCRIPT, encoding="utf-8")
+    (folder / "train.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")), encoding="utf-8")
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "OMP_NUM_THREADS": "1",
+        "STOP_STEP": str(stop_step),
+        "STOP_RANK": str(world_size - 1),
+    }
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
+    done = subprocess.run(
+        [*launcher, str(folder / "script.py"), str(folder / "train.yaml")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def read_global_batches(output: Path) -> dict[int, list[str]]:
+    """Addresses of every step's global batch, in the order of ranks."""
+    batches: dict[int, list[str]] = {}
+    for path in sorted(output.glob("records-rank*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            values = json.loads(line)
+            batches.setdefault(values["step"], []).extend(values["records"])
+    return batches
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_student_that_one_does(make_settings: MakeSettings, tmp_path: Path) -> None:
+    settings = make_settings(micro_batch_sequences=2, log_records=True)
+    alone = train(settings.model_copy(update={"output": str(tmp_path / "alone")}))
+    together = settings.model_copy(update={"output": str(tmp_path / "together")})
+    run_processes(together, tmp_path, 2)
+    assert read_global_batches(tmp_path / "together") == read_global_batches(tmp_path / "alone")
+    assert alone.student is not None
+    one, two = (
+        AutoModelForCausalLM.from_pretrained(folder).state_dict()
+        for folder in (alone.student, tmp_path / "together/student")
+    )
+    for name, value in one.items():
+        # Adam divides by the root of the squared gradient, so rounding of a small one moves a weight by a part of
+        # the learning rate (1e-2); a wrong weighting of ranks or micro-batches moves all of them by all of it.
+        torch.testing.assert_close(two[name], value, rtol=0, atol=2e-4)
+    lines = [
+        json.loads((tmp_path / run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+        for run in ("alone", "together")
+    ]
+    for name, value in lines[0].items():
+        assert lines[1][name] == pytest.approx(value, rel=1e-3), name
+
+
+@pytest.mark.slow
+def test_world_size_one_two_one_goes_over_the_same_global_batches(make_settings: MakeSettings, tmp_path: Path) -> None:
+    settings = make_settings(log_records=True)
+    train(settings)
+    changing = settings.model_copy(update={"output": str(tmp_path / "changing")})
+    batches: dict[int, list[str]] = {}
+    for world_size, stop_step in ((1, 3), (2, 6), (1, None)):
+        printed = run_processes(changing, tmp_path, world_size, stop_step=stop_step)
+        # One rank was asked, all stopped at the same step.
+        assert printed.count(f"steps {stop_step or 8} interrupted {stop_step is not None}") == world_size
+        new = read_global_batches(tmp_path / "changing")
+        batches.update({step: records for step, records in new.items() if step not in batches})
+    assert batches == read_global_batches(Path(settings.output))
+    assert sorted(batches) == list(range(1, 9))
+
+
+def test_process_alone_sums_over_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with join_processes("cpu") as processes:
+        assert (processes.rank, processes.world_size, processes.device.type) == (0, 1, "cpu")
+        assert processes.sum_over_ranks([1, 2.5, True]) == [1.0, 2.5, 1.0]
+        assert processes.take_from_first(7) == 7
+        processes.wait_for_all()
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_device_that_torch_does_not_have_is_refused(device: str) -> None:
+    with pytest.raises(ConfigError, match="device: expected"):
+        choose_device(device)

@@ -1,0 +1,112 @@
+"""One run of a capture and what came of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cluster.connection import connect
+from cluster.driver import run_capture as drive_capture
+from cluster.settings import ClusterCaptureSettings
+from logitstore.settings import Settings
+from logitstore.store.files import StoreFiles
+from tools.look import build_facts, format_bytes, format_count, format_seconds
+from tools.store_status import StoreStatus, read_status, render_status
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from cluster.driver import CaptureReport
+
+
+class CaptureRun(Settings):
+    """What one run of a capture did.
+
+    Attributes:
+        units_before: committed when it began.
+        units_captured, records, positions, bytes, documents, dead_letters: captured by this run.
+        failures: attempts that the teacher failed.
+        actor_losses: actors or machines that were lost.
+        seconds: from the start of the first actor to the last commit.
+        positions_per_second: over these seconds, loading of the teacher included.
+    """
+
+    units_before: int
+    units_captured: int
+    records: int
+    positions: int
+    bytes: int
+    documents: int
+    dead_letters: int
+    failures: int
+    actor_losses: int
+    seconds: float
+    positions_per_second: float
+
+
+class CaptureSummary(Settings):
+    """One run, and where the store stands after it."""
+
+    run: CaptureRun
+    store: StoreStatus
+
+
+def run_capture(
+    settings: ClusterCaptureSettings,
+    *,
+    address: str | None = None,
+    retry_quarantined: bool = False,
+    quiet: bool = False,
+) -> CaptureSummary:
+    """Run a capture on the cluster at an address (this machine for None), and look at the store after it.
+
+    Raises:
+        ConfigError, TeacherError, IncompatibleStoreError, OutsideError: see `cluster.driver.run_capture`.
+    """
+    with connect(address):
+        report = drive_capture(settings, retry_quarantined=retry_quarantined, quiet=quiet)
+        run = _describe_run(report)
+    return CaptureSummary(run=run, store=read_status(StoreFiles(settings.store, settings.storage_options)))
+
+
+def _describe_run(report: CaptureReport) -> CaptureRun:
+    figures = report.figures
+    seconds = figures.seconds
+    return CaptureRun(
+        units_before=figures.units_before,
+        units_captured=figures.units_captured,
+        records=figures.records,
+        positions=figures.positions,
+        bytes=figures.bytes,
+        documents=figures.documents,
+        dead_letters=figures.dead_letters,
+        failures=figures.failures,
+        actor_losses=figures.actor_losses,
+        seconds=seconds,
+        positions_per_second=figures.positions / max(1e-9, seconds),
+    )
+
+
+def render_summary(summary: CaptureSummary) -> list[RenderableType]:
+    """What `logitstore capture` shows when it has ended."""
+    run = summary.run
+    if not run.units_captured:
+        this_run = f"nothing was left to do, all {format_count(run.units_before)} units were committed before"
+        if not summary.store.is_complete:
+            this_run = "captured nothing"
+        return [build_facts([("this run", this_run)]), *render_status(summary.store)]
+    facts = [
+        ("this run", f"{format_count(run.units_captured)} units, {format_count(run.records)} records"),
+        ("", f"{format_count(run.positions)} positions, {format_bytes(run.bytes)} of shards"),
+        ("took", f"{format_seconds(run.seconds)}, {format_count(run.positions_per_second)} positions per second"),
+        ("trouble", _describe_trouble(run)),
+    ]
+    return [build_facts(facts), *render_status(summary.store)]
+
+
+def _describe_trouble(run: CaptureRun) -> str | None:
+    parts = []
+    if run.failures:
+        parts.append(f"{format_count(run.failures)} failed attempts")
+    if run.actor_losses:
+        parts.append(f"{format_count(run.actor_losses)} lost actors")
+    return ", ".join(parts) or None

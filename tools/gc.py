@@ -1,0 +1,75 @@
+"""`logitstore gc`: delete shards that no commit and no manifest names."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tools.logs import Quiet, Verbose, set_up_logs
+
+if TYPE_CHECKING:
+    from logitstore.store.files import StoredFile, StoreFiles
+
+
+def command(
+    store: Annotated[str, typer.Argument(metavar="STORE", help="URL or folder of the store.")],
+    grace_hours: Annotated[
+        float, typer.Option(min=0, help="Keep younger files: a running capture uploads before it commits.")
+    ] = 24.0,
+    delete: Annotated[bool, typer.Option("--delete", help="Delete them; without it they are only listed.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """List shards that nothing refers to.
+
+    Attempts that were killed or lost a race leave them behind. They are deleted only if you ask for it.
+
+    \b
+    Example:
+      logitstore gc runs/store
+      logitstore gc runs/store --grace-hours 1 --delete
+    """
+    set_up_logs(quiet=quiet, verbose=verbose)
+    from logitstore.store.files import StoreFiles
+    from tools.look import build_table, format_bytes, print_json, print_result
+
+    files = StoreFiles(store)
+    garbage = run_gc(files, grace_hours=grace_hours, delete=delete)
+    num_bytes = sum(file.bytes for file in garbage)
+    if as_json:
+        listed = [{"path": f"data/{file.name}", "bytes": file.bytes} for file in garbage]
+        print_json({"store": files.url, "deleted": delete, "files": listed, "bytes": num_bytes})
+        return
+    if not garbage:
+        print_result(f"{files.url}: nothing to delete that is older than {grace_hours:g} hours.")
+        return
+    count = "1 file" if len(garbage) == 1 else f"{len(garbage):,} files"
+    rows = [(f"data/{file.name}", format_bytes(file.bytes)) for file in garbage]
+    done = "Deleted" if delete else "Nothing was deleted; add --delete to delete"
+    print_result(
+        build_table(None, ["file that nothing refers to", "#size"], rows), f"{done} {count}, {format_bytes(num_bytes)}."
+    )
+
+
+def run_gc(files: StoreFiles, *, grace_hours: float, delete: bool) -> list[StoredFile]:
+    """The shards that nothing refers to and that are older than the grace period, deleted if asked.
+
+    Raises:
+        StoreNotFoundError: there is no store.
+    """
+    from logitstore.store.plan import read_plan
+    from logitstore.store.verify import delete_garbage, find_garbage
+
+    read_plan(files)  # an address without a store is an error, not an empty answer
+    garbage = find_garbage(files, grace_seconds=3600 * grace_hours)
+    if delete:
+        delete_garbage(files, garbage)
+    return garbage
+
+
+if __name__ == "__main__":
+    from tools.cli import main
+
+    main("gc")

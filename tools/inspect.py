@@ -1,0 +1,88 @@
+"""`logitstore inspect`: look into a store, one of its records, or a single shard."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tools.logs import Quiet, Verbose, set_up_logs
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+def command(
+    store: Annotated[str, typer.Argument(metavar="STORE|SHARD.parquet", help="URL or path of a store, or of a shard.")],
+    record: Annotated[
+        str | None, typer.Option(metavar="N|UNIT/INDEX", help="Show one record, token by token; N counts from 0.")
+    ] = None,
+    positions: Annotated[
+        str | None, typer.Option(metavar="START:STOP", help="Positions of the record to show; the first 32 otherwise.")
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="Candidates to show at each position.")] = 5,
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Tokenizer for the record's text; the teacher's otherwise.")
+    ] = None,
+    dead_letters: Annotated[
+        bool, typer.Option("--dead-letters", help="List the documents that could not be used, and why.")
+    ] = False,
+    manifest: Annotated[
+        int | None, typer.Option(min=1, help="Look at this manifest, not at what is committed now.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Look into a store, a record or a shard.
+
+    What it holds, what it costs, how the teacher did; also while a capture fills it.
+
+    \b
+    Example:
+      logitstore inspect runs/store
+      logitstore inspect s3://bucket/stores/docs --json
+      logitstore inspect runs/store --record 3/17 --positions 100:140 --top 8
+      logitstore inspect runs/store/data/0000003-5f0c1b2a3d4e5f60.parquet
+    """
+    set_up_logs(quiet=quiet, verbose=verbose)
+    from logitstore.errors import ConfigError
+    from tools.look import print_json, print_result
+
+    result: object
+    parts: list[RenderableType]
+    if record is None and (positions or tokenizer):
+        raise ConfigError("logitstore inspect: --positions and --tokenizer: expected --record beside them, found none")
+    if store.endswith(".parquet"):
+        from tools.shard_view import read_shard_view, render_shard_view
+
+        if record is not None or dead_letters or manifest is not None:
+            raise ConfigError(f"{store}: expected a store for --record, --dead-letters and --manifest, found a shard")
+        shard = read_shard_view(store)
+        result, parts = shard, render_shard_view(shard)
+    elif record is not None:
+        from tools.record_text import render_record_view
+        from tools.record_view import read_record_view
+
+        view = read_record_view(store, record, positions, top=top, manifest=manifest, tokenizer=tokenizer)
+        result, parts = view, render_record_view(view)
+    elif dead_letters:
+        from tools.dead_letters import read_dead_letters, render_dead_letters
+
+        letters = read_dead_letters(store, manifest)
+        result, parts = letters, render_dead_letters(letters)
+    else:
+        from tools.store_overview import read_overview, render_overview
+
+        overview = read_overview(store, manifest)
+        result, parts = overview, render_overview(overview)
+    if as_json:
+        print_json(result)
+    else:
+        print_result(*parts)
+
+
+if __name__ == "__main__":
+    from tools.cli import main
+
+    main("inspect")

@@ -1,0 +1,58 @@
+"""Logs of a command: lines on stderr, above a progress bar where there is one."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import IO, Annotated
+
+import typer
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, and only errors on stderr.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more on stderr, libraries included.")]
+
+_OURS = ("logitstore", "trainer", "cluster", "tools")
+
+
+class _StderrHandler(logging.StreamHandler[IO[str]]):
+    """Writes to what stderr is at the moment: a live progress bar puts itself in its place."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> IO[str]:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, stream: IO[str]) -> None:
+        raise AttributeError("the stream is always stderr")
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return text if record.levelno <= logging.INFO else text.replace(" ", f" {record.levelname.lower()}: ", 1)
+
+
+def set_up_logs(*, quiet: bool, verbose: bool) -> None:
+    """Send the project's logs to stderr, less of them when quiet; when verbose also what libraries have to say.
+
+    Progress bars of libraries are for terminals only; child processes keep to that too.
+    """
+    if quiet or not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    handler = _StderrHandler()
+    handler.setFormatter(_Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    root = logging.getLogger()
+    ours = [logging.getLogger(name) for name in _OURS]
+    for logger in (root, *ours):
+        for earlier in [known for known in logger.handlers if isinstance(known, _StderrHandler)]:
+            logger.removeHandler(earlier)
+    for logger in ours:
+        logger.setLevel(logging.ERROR if quiet else logging.DEBUG if verbose else logging.INFO)
+    # Libraries with a handler of their own would say everything twice if the root had ours.
+    for logger in [root] if verbose else ours:
+        logger.addHandler(handler)
+    root.setLevel(logging.ERROR if quiet else logging.INFO if verbose else logging.WARNING)

@@ -1,0 +1,193 @@
+"""What the commands' output looks like: consoles, numbers as text, tables, bars and progress.
+
+Results go to `print_result`, stdout; whatever else there is to say goes to stderr. Colours appear on terminals only,
+and not where NO_COLOR is set; piped output has a width of its own, so that it does not depend on who reads it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.table import Table
+
+_PIPED_WIDTH = 110
+_EIGHTHS = " ▏▎▍▌▋▊▉█"
+
+
+def open_console(*, stderr: bool = False, markup: bool = False) -> Console:
+    """A console on stdout or stderr as they are now; `[bold]` and the like are plain text unless asked for."""
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() or "COLUMNS" in os.environ else _PIPED_WIDTH
+    return Console(stderr=stderr, width=width, highlight=False, markup=markup, emoji=False)
+
+
+def print_result(*parts: RenderableType) -> None:
+    """Print parts of a result on stdout, a blank line between them."""
+    from rich.text import Text
+
+    console = open_console()
+    with console.capture() as capture:
+        for i, part in enumerate(parts):
+            if i:
+                console.print()
+            # Lines of plain text are left to the terminal to wrap: addresses stay in one piece.
+            console.print(part, soft_wrap=isinstance(part, str | Text))
+    # Tables are padded to their width; nobody needs that at the end of a line.
+    print("\n".join(line.rstrip() for line in capture.get().rstrip("\n").split("\n")))
+
+
+def print_json(values: object) -> None:
+    """Print the one JSON document of a command on stdout; a model of pydantic as its plain values."""
+    dump = getattr(values, "model_dump", None)
+    print(json.dumps(dump(mode="json") if dump else values, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def print_note(message: str, *, style: str = "") -> None:
+    """Print a line on stderr."""
+    open_console(stderr=True).print(message, style=style, soft_wrap=True)
+
+
+def format_count(count: float) -> str:
+    """A number of things: 1,234,567."""
+    return f"{count:,.0f}"
+
+
+def count_things(count: int, thing: str) -> str:
+    """A number of things by their name: 1 unit, 2,000 units."""
+    return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"
+
+
+def format_bytes(num_bytes: float) -> str:
+    """Bytes with a decimal unit: 999 B, 1.23 MB."""
+    size, units = float(num_bytes), ["B", "kB", "MB", "GB", "TB", "PB"]
+    while size >= 999.5 and len(units) > 1:
+        size, units = size / 1000, units[1:]
+    return f"{size:.0f} B" if units[0] == "B" else f"{size:.3g} {units[0]}"
+
+
+def format_seconds(seconds: float) -> str:
+    """A span of time in its two largest units: 8.3 s, 4 min 10 s, 3 h 5 min, 12 d 6 h."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if seconds < 3600:
+        return f"{int(seconds) // 60} min {int(seconds) % 60} s"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    hours = round(seconds / 3600)
+    return f"{hours // 24} d {hours % 24} h"
+
+
+def format_share(share: float) -> str:
+    """A part of a whole in percent; what is less than a tenth of a percent is not written as nothing."""
+    return "0%" if share == 0 else "<0.1%" if 0 < share < 0.0005 else f"{100 * share:.1f}%"
+
+
+def format_loss(nats: float) -> str:
+    """A loss in nats per token, with its perplexity."""
+    import math
+
+    return f"{nats:.3f} nats per token (perplexity {math.exp(min(nats, 700)):,.2f})"
+
+
+def draw_bar(share: float, width: int = 24, *, rest: str = "") -> str:
+    """A bar of blocks whose length is a share of the width, to an eighth of a character; `rest` fills the width."""
+    eighths = round(max(0.0, min(1.0, share)) * width * 8)
+    if share > 0:
+        eighths = max(1, eighths)  # something is not nothing
+    full, part = divmod(eighths, 8)
+    bar = "█" * full + (_EIGHTHS[part] if part else "")
+    return bar + rest * (width - len(bar))
+
+
+def build_facts(facts: Sequence[tuple[str, object]]) -> Table:
+    """Two columns: what, and its value; facts whose value is None are left out."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts:
+        if value is not None:
+            table.add_row(name, value if isinstance(value, Text) else Text(str(value)))
+    return table
+
+
+def build_table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
+    """A table with a rule below its head; a column whose name starts with '#' holds numbers, to the right."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        header_style="dim",
+        pad_edge=False,
+        show_edge=False,
+        show_header=any(columns),
+    )
+    for name in columns:
+        is_number = name.startswith("#")
+        table.add_column(
+            name.removeprefix("#"),
+            justify="right" if is_number else "left",
+            no_wrap=is_number,
+            overflow="fold",
+        )
+    for row in rows:
+        table.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
+    return table
+
+
+def build_histogram(title: str, labels: Sequence[str], counts: Sequence[int], *, style: str = "cyan") -> Table:
+    """Shares of the counts as horizontal bars."""
+    from rich.text import Text
+
+    total, largest = max(1, sum(counts)), max([1, *counts])
+    rows = [
+        (label, Text(draw_bar(count / largest), style=style), format_share(count / total))
+        for label, count in zip(labels, counts, strict=True)
+    ]
+    table = build_table(title, ["", "", "#"], rows)
+    table.show_header = False
+    table.columns[1].min_width = 24
+    return table
+
+
+@contextmanager
+def show_progress(name: str, *, quiet: bool = False) -> Iterator[Callable[..., None]]:
+    """A progress bar on stderr, on a terminal only, from the first report until the block ends.
+
+    Yields a function to call with (done, total), and a text to show behind the bar if there is one.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = open_console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield lambda done, total, text="": None
+        return
+    columns: list[Any] = [TextColumn(name), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}")]
+    progress = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
+    task = progress.add_task(name, total=None, text="")
+
+    def report(done: int, total: int, text: str = "") -> None:
+        progress.start()
+        progress.update(task, completed=done, total=total, text=text)
+
+    try:
+        yield report
+    finally:
+        progress.stop()

@@ -1,0 +1,227 @@
+"""The whole way once, on this machine: corpus, capture, verify, two students, evaluation, report."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from cluster.connection import connect
+from cluster.driver import CaptureReport, run_capture
+from cluster.settings import ClusterCaptureSettings
+from logitstore.errors import ConfigError, CorruptShardError
+from logitstore.settings import read_settings
+from logitstore.store.files import StoreFiles
+from logitstore.store.logit_store import LogitStore
+from logitstore.store.verify import verify_store
+from tools.quickstart.corpus import write_corpus
+from tools.report import Curve, ReportData, StudentResult, build_report
+from trainer.config import TrainSettings
+from trainer.evaluate import Evaluation
+from trainer.loop import train
+from trainer.progress import StepResult
+
+HERE = Path(__file__).parent
+TEACHER = HERE / "teacher"
+MARKER = ".logitstore-quickstart"
+# Text enough for 300,000 positions and more, with every release of Python.
+TRAIN_BYTES = 1_250_000
+HELD_OUT_BYTES = 125_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuickstartResult:
+    """Where everything is, and what the two students reached on held-out records."""
+
+    folder: Path
+    report: Path
+    positions: int
+    text_only: Evaluation
+    distilled: Evaluation
+    seconds: float
+
+
+def run_quickstart(folder: Path, *, console: Console, overwrite: bool = False, steps: int | None = None) -> QuickstartResult:
+    """Run the quickstart in a folder of its own.
+
+    Args:
+        folder: made if it is not there.
+        console: where the session is printed.
+        overwrite: delete what an earlier quickstart left in the folder.
+        steps: of both students, for a shorter run.
+    Raises:
+        ConfigError: the folder is not empty and no earlier quickstart's, or it is one and `overwrite` is off.
+    """
+    started = time.monotonic()
+    _prepare_folder(folder, overwrite=overwrite)
+    _title(console, 1, "Corpus", "source text of this interpreter's standard library")
+    documents = write_corpus(folder / "corpus", train_bytes=TRAIN_BYTES, held_out_bytes=HELD_OUT_BYTES)
+    console.print(f"  {documents['train']} documents to learn from, {documents['held_out']} held out")
+
+    _title(console, 2, "Capture", "two Ray actors run the teacher once and write its distributions")
+    capture = _capture(folder)
+    store = LogitStore.open(str(folder / "store"))
+    _print_store(console, store, capture)
+
+    _title(console, 3, "Verify", "recompute every digest and invariant from the bytes")
+    verification = verify_store(StoreFiles(store.url))
+    if not verification.is_clean:
+        raise CorruptShardError(f"{store.url}: {verification.problems[0].what}; {verification.problems[0].what_to_do}")
+    console.print(f"  {verification.units} units, {verification.positions:,} positions: all as committed")
+
+    _title(console, 4, "Train", "two students, same initial weights, same batches, no teacher in sight")
+    text_only = _train(folder, "text-only", "cross_entropy", steps, console)
+    distilled = _train(folder, "distilled", "bucket_kl", steps, console)
+
+    _title(console, 5, "Result", f"on {distilled.evaluation.positions:,} held-out positions")
+    console.print(build_table(text_only.evaluation, distilled.evaluation))
+    report = folder / "report.html"
+    statistics = store.compute_statistics()
+    data = ReportData(
+        title="logitstore quickstart",
+        store=store.url,
+        teacher=store.plan.teacher.architecture,
+        facts={
+            "positions": f"{statistics.positions:,}",
+            "bytes per position": f"{statistics.bytes_per_position:.1f}",
+            "store": f"{statistics.bytes / 1e6:.1f} MB",
+            "teacher's loss": f"{statistics.teacher_loss:.3f} nats",
+            "mean entropy": f"{statistics.mean_entropy:.3f} nats",
+        },
+        entropy_histogram=statistics.entropy_histogram,
+        students=(text_only, distilled),
+    )
+    report.write_text(build_report(data), encoding="utf-8")
+    seconds = time.monotonic() - started
+    console.print(f"\n  report   {report}\n  store    {store.url}\n  student  {folder / 'distilled' / 'student'}")
+    console.print(f"\n  {seconds:.0f} seconds. Look into the store: logitstore inspect {store.url} --record 0")
+    return QuickstartResult(
+        folder=folder,
+        report=report,
+        positions=statistics.positions,
+        text_only=text_only.evaluation,
+        distilled=distilled.evaluation,
+        seconds=seconds,
+    )
+
+
+def _prepare_folder(folder: Path, *, overwrite: bool) -> None:
+    if folder.exists() and any(folder.iterdir()):
+        if not (folder / MARKER).exists():
+            raise ConfigError(f"{folder}: expected an empty folder, found files that are not a quickstart's")
+        if not overwrite:
+            raise ConfigError(f"{folder}: holds an earlier quickstart; give --overwrite to replace it, or --folder")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARKER).touch()
+
+
+def _title(console: Console, number: int, name: str, what: str) -> None:
+    console.print(f"\n[bold]{number}. {name}[/bold]  [dim]{what}[/dim]", highlight=False)
+
+
+def _capture(folder: Path) -> CaptureReport:
+    values = yaml.safe_load((HERE / "capture.yaml").read_text(encoding="utf-8"))
+    values["store"] = str(folder / "store")
+    values["teacher"]["model"] = str(TEACHER)
+    sources = values["corpus"]["sources"]
+    values["corpus"]["sources"] = {name: [str(folder / "corpus" / f"{name}.jsonl")] for name in sources}
+    path = _write_settings(folder / "capture.yaml", values)
+    with connect(None, num_cpus=2):
+        return run_capture(read_settings(ClusterCaptureSettings, path))
+
+
+def _train(folder: Path, name: str, loss: str, steps: int | None, console: Console) -> StudentResult:
+    values = yaml.safe_load((HERE / "train.yaml").read_text(encoding="utf-8"))
+    values["store"] = str(folder / "store")
+    values["output"] = str(folder / name)
+    values["loss"]["kind"] = loss
+    if steps is not None:
+        values["steps"] = steps
+        values["schedule"]["warmup_steps"] = min(values["schedule"]["warmup_steps"], steps // 2)
+    settings = read_settings(TrainSettings, _write_settings(folder / f"train-{name}.yaml", values))
+    started = time.monotonic()
+    positions: list[int] = []
+    with console.status(f"  {name}") as status:
+        report = train(settings, on_step=_show_steps(status.update, name, settings.steps, positions))
+    seconds = time.monotonic() - started
+    assert report.evaluation is not None
+    console.print(
+        f"  {name:10} {report.steps} steps, {report.positions:,} positions, {seconds:.0f} s, "
+        f"{report.positions / seconds:,.0f} positions/s",
+        highlight=False,
+    )
+    return StudentResult(name=name, evaluation=report.evaluation, curves=read_curves(folder / name / "metrics.jsonl"))
+
+
+def _show_steps(
+    show: Callable[[str], None], name: str, steps: int, positions: list[int]
+) -> Callable[[StepResult], None]:
+    def on_step(result: StepResult) -> None:
+        positions.append(result.positions)
+        show(f"  {name:10} step {result.step}/{steps}, cross-entropy {result.cross_entropy:.3f}, KL {result.bucket_kl:.3f}")
+
+    return on_step
+
+
+def read_curves(path: Path) -> tuple[Curve, ...]:
+    """Every figure of a metrics file as a curve over steps."""
+    points: dict[str, list[tuple[int, float]]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        values: dict[str, Any] = json.loads(line)
+        step = values.pop("step")
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                points.setdefault(name, []).append((step, float(value)))
+    return tuple(Curve(name=name, points=tuple(pairs)) for name, pairs in points.items())
+
+
+def _write_settings(path: Path, values: dict[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def _print_store(console: Console, store: LogitStore, capture: CaptureReport) -> None:
+    statistics = store.compute_statistics()
+    dense = store.plan.teacher.vocab_size * 2
+    console.print(
+        f"  {capture.figures.units_captured} units, {statistics.records:,} records, {statistics.positions:,} positions, "
+        f"{capture.figures.positions_per_second:,.0f} positions/s\n"
+        f"  {statistics.bytes / 1e6:.1f} MB: {statistics.bytes_per_position:.1f} bytes per position, tokens and all "
+        f"(dense float16 logits: {dense:,})\n"
+        f"  the teacher's own loss on this text: {statistics.teacher_loss:.3f} nats per token",
+        highlight=False,
+    )
+
+
+def build_table(text_only: Evaluation, distilled: Evaluation) -> Table:
+    """The two students side by side; the better figure of each row in bold."""
+    table = Table(box=None, padding=(0, 3), header_style="bold")
+    table.add_column("")
+    table.add_column("text only", justify="right")
+    table.add_column("distilled", justify="right")
+    table.add_column("")
+    rows: list[tuple[str, str, str, bool]] = [
+        ("KL to the teacher (nats)", "bucket_kl", ".4f", False),
+        ("calibration error (%)", "calibration_error", ".2f", False),
+        ("LM loss (nats per token)", "lm_loss", ".4f", False),
+        ("perplexity", "perplexity", ".2f", False),
+        ("top-1 agreement with the teacher", "top1_agreement", ".4f", True),
+        ("overlap, sum of min(p, q)", "overlap", ".4f", True),
+    ]
+    for label, name, form, more_is_better in rows:
+        left, right = getattr(text_only, name), getattr(distilled, name)
+        cells = [format(left, form), format(right, form)]
+        if left != right:
+            best = int((right > left) == more_is_better)
+            cells[best] = f"[bold]{cells[best]}[/bold]"
+        table.add_row(label, *cells, "[dim]more is better[/dim]" if more_is_better else "[dim]less is better[/dim]")
+    return table

@@ -1,0 +1,125 @@
+"""How a record looks in a terminal: its text by the teacher's entropy, then position by position."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+from tools.look import build_facts, build_table, format_count, format_loss, format_share
+from tools.record_view import PositionView, RecordView
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+# Nats below which a colour holds: about 1, 3, 7, 20 equally likely tokens.
+_STYLES = ((0.3, "green3"), (1.0, "chartreuse3"), (2.0, "gold3"), (3.0, "dark_orange"), (float("inf"), "red"))
+_LONGEST_TOKEN = 16
+
+
+def render_record_view(view: RecordView) -> list[RenderableType]:
+    """What `logitstore inspect STORE --record` shows."""
+    parts: list[RenderableType] = [_build_head(view)]
+    if view.tokenizer is None:
+        parts.append(Text(f"Ids instead of text: {view.tokenizer_trouble}", style="yellow"))
+    else:
+        parts += [_build_text(view), _build_legend()]
+    parts.append(_build_positions(view))
+    return parts
+
+
+def _build_head(view: RecordView) -> Table:
+    first, last = view.positions[0].position, view.positions[-1].position
+    shown = f"{first} to {last} of {format_count(view.num_positions)}"
+    if len(view.positions) < view.num_positions:
+        shown += " (--positions START:STOP shows others)"
+    facts: list[tuple[str, object]] = [
+        ("record", f"{view.address} of {view.store}"),
+        ("source", view.source),
+        ("positions", shown),
+        ("entropy", f"{view.mean_entropy:.3f} nats in the mean"),
+        ("teacher's loss", format_loss(view.teacher_loss)),
+    ]
+    for i, part in enumerate(view.documents):
+        stop = view.documents[i + 1].start if i + 1 < len(view.documents) else view.num_positions + 1
+        if part.start <= last + 1 and stop > first:
+            continued = f", from its token {format_count(part.document_offset)}" if part.document_offset else ""
+            name = make_visible(part.document_id)
+            facts.append(("document", f"{name} (tokens {part.start} to {stop - 1}{continued})"))
+    return build_facts(facts)
+
+
+def _build_text(view: RecordView) -> Text:
+    """The text as it is; each token in the colour of the teacher's entropy before it."""
+    text = Text(make_visible(view.positions[0].token or "", keep_lines=True), style="")
+    for position in view.positions:
+        piece = make_visible(position.next_token or "", keep_lines=True)
+        text.append(piece, style=find_style(position.entropy))
+    return text
+
+
+def _build_legend() -> Text:
+    legend = Text("Colour: entropy of the teacher before the token, nats ", style="dim")
+    low = 0.0
+    for high, style in _STYLES:
+        legend.append(
+            f" {low:g} to {high:g} " if high != float("inf") else f" above {low:g} ", style=f"{style} not dim"
+        )
+        low = high
+    return legend
+
+
+def _build_positions(view: RecordView) -> Table:
+    rows = [
+        (
+            position.position,
+            Text(_name(position.next_token, position.next_token_id), style=find_style(position.entropy)),
+            format_share(position.next_token_probability),
+            "–" if position.next_token_slot is None else position.next_token_slot,
+            f"{position.entropy:.2f}",
+            format_share(position.tail_mass),
+            _build_candidates(position),
+        )
+        for position in view.positions
+    ]
+    columns = ["#at", "next", "#share", "#slot", "#nats", "#tail", "the teacher's candidates in %, ▸ came next"]
+    table = build_table(None, columns, rows)
+    return table
+
+
+def _build_candidates(position: PositionView) -> Text:
+    line = Text()
+    for candidate in position.candidates:
+        name = _name(candidate.token, candidate.token_id)
+        percent = 100 * candidate.probability
+        share = f"{percent:.0f}" if percent >= 9.95 else f"{percent:.1f}" if percent >= 0.05 else "<0.1"
+        mark = "▸" if candidate.is_next else ""
+        line.append(f"{mark}{name} {share}", style="bold" if candidate.is_next else "")
+        line.append("  ")
+    if not position.is_taught:
+        line.append(" not taught", style="dim")
+    line.rstrip()
+    return line
+
+
+def find_style(entropy: float) -> str:
+    """The colour of an entropy in nats."""
+    return next(style for limit, style in _STYLES if entropy < limit or limit == float("inf"))
+
+
+def make_visible(text: str, *, keep_lines: bool = False) -> str:
+    """Text without characters that would steer a terminal: they are written as escapes."""
+    kept = "\n\t" if keep_lines else ""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda c: c[0] if c[0] in kept else repr(c[0])[1:-1], text)
+
+
+def _name(token: str | None, token_id: int) -> str:
+    """A token in a table: its text with spaces to be seen, or its id."""
+    if token is None:
+        return str(token_id)
+    if not token:
+        return f"<{token_id}>"
+    visible = make_visible(token).replace(" ", "·")
+    return visible if len(visible) <= _LONGEST_TOKEN else visible[: _LONGEST_TOKEN - 1] + "…"

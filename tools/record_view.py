@@ -1,0 +1,259 @@
+"""One record with its text: what the teacher expected at every position, and what came."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from logitstore.errors import ConfigError, StoreNotFoundError
+from logitstore.records import Record, RecordAddress
+from logitstore.settings import Settings
+from logitstore.store.logit_store import LogitStore
+from logitstore.teacher.protocol import TeacherIdentity
+from tools.opened_store import open_store
+
+_FIRST_POSITIONS = 32
+# The text of a token id, given the id before it; None where no tokenizer can tell.
+PieceOf = Callable[[int | None, int], str | None]
+
+
+class Candidate(Settings):
+    """A token that the teacher held likely; `token` is its text, None without a tokenizer."""
+
+    token_id: int
+    token: str | None
+    probability: float
+    is_next: bool
+
+
+class PositionView(Settings):
+    """One position: computed from everything up to `token`, and about `next_token`.
+
+    Attributes:
+        position: 0-based.
+        token_id, token: the last token that the teacher saw.
+        next_token_id, next_token: the one that came next.
+        next_token_probability: that the teacher gave it.
+        next_token_slot: where it stands in the support, None outside of it.
+        entropy: nats.
+        tail_mass: probability outside the support.
+        support: entries in the support.
+        is_taught: whether the loss mask holds the position.
+        candidates: the likeliest tokens, likeliest first.
+    """
+
+    position: int
+    token_id: int
+    token: str | None
+    next_token_id: int
+    next_token: str | None
+    next_token_probability: float
+    next_token_slot: int | None
+    entropy: float
+    tail_mass: float
+    support: int
+    is_taught: bool
+    candidates: tuple[Candidate, ...]
+
+
+class DocumentPart(Settings):
+    """A document of the record, see `logitstore.records.DocumentSpan`."""
+
+    document_id: str
+    start: int
+    document_offset: int
+
+
+class RecordView(Settings):
+    """Some positions of one record.
+
+    Attributes:
+        store: its address.
+        address: unit/index of the record.
+        source: the corpus source of its unit.
+        num_positions: of the whole record.
+        mean_entropy, teacher_loss: nats, over the whole record; tokens held impossible are left out of the loss.
+        documents: that the record is made of.
+        tokenizer: name of the tokenizer that made the text, None where there is none.
+        tokenizer_trouble: why there is none.
+        positions: those asked for.
+    """
+
+    store: str
+    address: str
+    source: str
+    num_positions: int
+    mean_entropy: float
+    teacher_loss: float
+    documents: tuple[DocumentPart, ...]
+    tokenizer: str | None
+    tokenizer_trouble: str | None
+    positions: tuple[PositionView, ...]
+
+
+def read_record_view(
+    url: str,
+    record: str,
+    positions: str | None = None,
+    *,
+    top: int = 5,
+    manifest: int | None = None,
+    tokenizer: str | None = None,
+) -> RecordView:
+    """Read one record and put its signal into words.
+
+    Args:
+        url: of the store.
+        record: `N`, 0-based in address order, or `UNIT/INDEX`.
+        positions: `START:STOP`, half-open, either may be left out; None for the first 32.
+        top: candidates at each position.
+        manifest: number of a manifest; None for what is committed now.
+        tokenizer: folder or name of a tokenizer in place of the teacher's.
+
+    Raises:
+        ConfigError: `record` or `positions` cannot be understood.
+        StoreNotFoundError: there is no store, or no such record.
+        CorruptShardError: the record's bytes are damaged.
+    """
+    store = open_store(url, manifest).store
+    found = find_record(store, record)
+    chosen = parse_positions(positions, found.num_positions)
+    name = tokenizer or store.plan.teacher.model
+    piece_of, trouble = load_pieces(name, store.plan.teacher, may_fetch=tokenizer is not None)
+    plan = store.plan
+    logprobs = found.signal.next_token_logprob.astype(np.float64)
+    possible = logprobs[np.isfinite(logprobs)]
+    return RecordView(
+        store=store.url,
+        address=str(found.address),
+        source=plan.build_unit_table().source_of(found.address.unit, plan.corpus.files),
+        num_positions=found.num_positions,
+        mean_entropy=float(found.signal.entropy.mean(dtype=np.float64)),
+        teacher_loss=float(-possible.mean()) if len(possible) else 0.0,
+        documents=tuple(
+            DocumentPart(document_id=d.document_id, start=d.start, document_offset=d.document_offset)
+            for d in found.documents
+        ),
+        tokenizer=name if trouble is None else None,
+        tokenizer_trouble=trouble,
+        positions=tuple(view_position(found, position, piece_of, top) for position in chosen),
+    )
+
+
+def find_record(store: LogitStore, record: str) -> Record:
+    """The record that `N` or `UNIT/INDEX` names.
+
+    Raises:
+        ConfigError: it is neither.
+        StoreNotFoundError: there is no such record.
+    """
+    unit, slash, index = record.partition("/")
+    try:
+        numbers = [int(unit), int(index)] if slash else [int(record)]
+    except ValueError:
+        raise ConfigError(f"--record {record!r}: expected N or UNIT/INDEX, such as 12 or 3/17") from None
+    if slash:
+        return store.find(RecordAddress(unit=numbers[0], index=numbers[1]))
+    if not -len(store) <= numbers[0] < len(store):
+        raise StoreNotFoundError(f"{store.url}: no record {record}: the store holds {len(store):,} records, from 0")
+    return store[numbers[0]]
+
+
+def parse_positions(text: str | None, num_positions: int) -> range:
+    """The positions that `START:STOP` names in a record, as far as it has them.
+
+    Raises:
+        ConfigError: the text is no range, or names no position of the record.
+    """
+    if text is None:
+        return range(min(num_positions, _FIRST_POSITIONS))
+    start, colon, stop = text.partition(":")
+    try:
+        first = int(start or 0)
+        last = (int(stop) if stop else num_positions) if colon else first + 1
+    except ValueError:
+        raise ConfigError(f"--positions {text!r}: expected START:STOP, such as 100:140") from None
+    chosen = range(first, min(last, num_positions))
+    if first < 0 or not chosen:
+        raise ConfigError(f"--positions {text!r}: expected positions from 0 to {num_positions}, found none of them")
+    return chosen
+
+
+def view_position(record: Record, position: int, piece_of: PieceOf, top: int) -> PositionView:
+    """One position of a record in words."""
+    signal = record.signal
+    before = int(record.token_ids[position - 1]) if position else None
+    token_id, next_id = int(record.token_ids[position]), int(record.token_ids[position + 1])
+    ids, logprobs = signal.support_at(position)
+    slots = np.flatnonzero(ids == next_id)
+    return PositionView(
+        position=position,
+        token_id=token_id,
+        token=piece_of(before, token_id),
+        next_token_id=next_id,
+        next_token=piece_of(token_id, next_id),
+        next_token_probability=math.exp(float(signal.next_token_logprob[position])),
+        next_token_slot=int(slots[0]) if len(slots) else None,
+        entropy=float(signal.entropy[position]),
+        tail_mass=math.exp(float(signal.tail_logprob[position])),
+        support=len(ids),
+        is_taught=bool(record.loss_mask[position]),
+        candidates=tuple(
+            Candidate(
+                token_id=int(candidate),
+                token=piece_of(token_id, int(candidate)),
+                probability=math.exp(float(logprob)),
+                is_next=int(candidate) == next_id,
+            )
+            for candidate, logprob in zip(ids[:top], logprobs[:top], strict=True)
+        ),
+    )
+
+
+def find_tokenizer_folder(name: str) -> str | None:
+    """Where the files of a tokenizer lie on this machine, looked up without a network; None where they do not."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(name).is_dir():
+        return name
+    for file in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        try:
+            found = try_to_load_from_cache(name, file)
+        except ValueError:  # a folder that is gone is no name of the hub
+            return None
+        if isinstance(found, str):
+            return str(Path(found).parent)
+    return None
+
+
+def load_pieces(name: str, teacher: TeacherIdentity, *, may_fetch: bool) -> tuple[PieceOf, str | None]:
+    """What turns ids into text, and why it cannot where it cannot."""
+    try:
+        from logitstore.teacher.tokenizer import load_tokenizer
+    except ModuleNotFoundError as error:
+        return _no_piece, f"the package {error.name!r} is not installed: pip install 'logitstore[teacher]'"
+    folder = find_tokenizer_folder(name)
+    if folder is None and not may_fetch:
+        return _no_piece, f"the tokenizer of {name!r} is not on this machine; '--tokenizer {name}' would fetch it"
+    try:
+        tokenizer = load_tokenizer(folder or name)
+    except ConfigError as error:
+        return _no_piece, f"{error} (--tokenizer FOLDER names another)"
+    if tokenizer.fingerprint != teacher.tokenizer_fingerprint:
+        return _no_piece, f"the tokenizer of {name!r} is not the one that the store was captured with"
+
+    def find_piece(before: int | None, token_id: int) -> str:
+        # Many tokenizers drop the space before the first token of a text: decode it behind its neighbour.
+        if before is None:
+            return tokenizer.decode([token_id])
+        prefix, both = tokenizer.decode([before]), tokenizer.decode([before, token_id])
+        return both.removeprefix(prefix) if both.startswith(prefix) else tokenizer.decode([token_id])
+
+    return find_piece, None
+
+
+def _no_piece(before: int | None, token_id: int) -> None:
+    return None

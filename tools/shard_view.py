@@ -1,0 +1,135 @@
+"""A single shard file: header, rows and columns."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from logitstore.errors import CorruptShardError, StoreNotFoundError
+from logitstore.settings import Settings
+from logitstore.shard.layout import ShardHeader
+from logitstore.shard.reader import read_footer
+from logitstore.store.files import StoreFiles
+from tools.look import build_facts, build_table, format_bytes, format_count, format_share
+
+if TYPE_CHECKING:
+    import pyarrow.parquet as pq
+    from rich.console import RenderableType
+
+# Length of the footer and the file's closing mark, at the end of every Parquet file.
+_CLOSING_BYTES = 8
+
+
+class ColumnFigures(Settings):
+    """One column of a shard; `bytes` are compressed, page headers included."""
+
+    name: str
+    type: str
+    encodings: tuple[str, ...]
+    compression: str
+    values: int
+    bytes: int
+    uncompressed_bytes: int
+
+
+class ShardView(Settings):
+    """A shard as its footer describes it. `footer_bytes` is what lies behind the last row group."""
+
+    path: str
+    header: ShardHeader
+    bytes: int
+    footer_bytes: int
+    records: int
+    row_groups: int
+    positions: int
+    support_entries: int
+    bytes_per_position: float
+    columns: tuple[ColumnFigures, ...]
+
+
+def read_shard_view(url: str) -> ShardView:
+    """Look at one shard file; reads its footer only.
+
+    Raises:
+        StoreNotFoundError: there is no such file.
+        CorruptShardError: it is no Parquet file.
+        IncompatibleStoreError: it is no shard, or one of another format version.
+    """
+    folder, _, name = url.rpartition("/")
+    files = StoreFiles(folder or ("/" if url.startswith("/") else "."))
+    size = next((file.bytes for file in files.list("") if file.name == name), None)
+    if size is None:
+        raise StoreNotFoundError(f"{url}: expected a shard, found no such file; check the path")
+    length = int.from_bytes(files.read(name, max(0, size - _CLOSING_BYTES), size)[:4], "little")
+    if length + _CLOSING_BYTES > size:
+        raise CorruptShardError(
+            f"{url}: expected a Parquet file, found {size} bytes without a footer; verify the store"
+        )
+    footer = files.read(name, size - length - _CLOSING_BYTES, size)
+    metadata, header = read_footer(footer, url)
+    columns = _describe_columns(metadata)
+    values = {column.name: column.values for column in columns}
+    positions = values["loss_mask"]
+    return ShardView(
+        path=url,
+        header=header,
+        bytes=size,
+        footer_bytes=len(footer),
+        records=metadata.num_rows,
+        row_groups=metadata.num_row_groups,
+        positions=positions,
+        support_entries=values["support_ids"],
+        bytes_per_position=size / max(1, positions),
+        columns=tuple(columns),
+    )
+
+
+def _describe_columns(metadata: pq.FileMetaData) -> list[ColumnFigures]:
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    columns = []
+    for i in range(metadata.num_columns):
+        chunks: list[Any] = [group.column(i) for group in groups]
+        columns.append(
+            ColumnFigures(
+                name=metadata.schema.column(i).path.split(".")[0],
+                type=str(metadata.schema.to_arrow_schema().field(i).type),
+                encodings=tuple(sorted({encoding for chunk in chunks for encoding in chunk.encodings})),
+                compression=", ".join(sorted({chunk.compression for chunk in chunks})).lower(),
+                values=sum(chunk.num_values for chunk in chunks),
+                bytes=sum(chunk.total_compressed_size for chunk in chunks),
+                uncompressed_bytes=sum(chunk.total_uncompressed_size for chunk in chunks),
+            )
+        )
+    return columns
+
+
+def render_shard_view(shard: ShardView) -> list[RenderableType]:
+    """What `logitstore inspect SHARD.parquet` shows."""
+    header = shard.header
+    facts = build_facts(
+        [
+            ("shard", shard.path),
+            ("unit", header.unit),
+            ("format version", header.format_version),
+            ("plan", header.plan_fingerprint),
+            ("vocabulary", f"{format_count(header.vocab_size)} ids"),
+            ("codec", header.codec.kind),
+            ("records", f"{format_count(shard.records)} in {format_count(shard.row_groups)} row groups"),
+            ("positions", f"{format_count(shard.positions)}, {format_count(shard.support_entries)} support entries"),
+            ("bytes", f"{format_bytes(shard.bytes)}, {shard.bytes_per_position:.1f} per position"),
+        ]
+    )
+    rows = [
+        (
+            column.name,
+            column.type.replace("list<element: ", "list<").replace(" not null", ""),
+            format_count(column.values),
+            format_bytes(column.bytes),
+            format_share(column.bytes / shard.bytes),
+            f"{column.uncompressed_bytes / max(1, column.bytes):.1f}×",
+        )
+        for column in shard.columns
+    ]
+    rest = shard.bytes - sum(column.bytes for column in shard.columns)
+    rows.append(("footer", "", "", format_bytes(rest), format_share(rest / shard.bytes), ""))
+    table = build_table("Columns", ["column", "type", "#values", "#bytes", "#share", "#compressed"], rows)
+    return [facts, table]

@@ -1,0 +1,273 @@
+"""A store at a glance: what it holds, what it costs, and how sure the teacher was."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from logitstore.settings import Settings
+from logitstore.shard.summary import ENTROPY_BIN_NATS
+from logitstore.store.commit import COMMITS, build_commit_path
+from logitstore.store.logit_store import StoreStatistics
+from logitstore.store.manifest import build_manifest_path
+from logitstore.store.plan import PLAN_PATH
+from logitstore.teacher.protocol import Method, TeacherIdentity
+from tools.look import (
+    build_facts,
+    build_histogram,
+    build_table,
+    format_bytes,
+    format_count,
+    format_loss,
+    format_share,
+)
+from tools.opened_store import OpenedStore, describe_manifest, open_store
+from tools.store_status import describe_documents
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+
+class SourceFigures(Settings):
+    """What a store holds of one corpus source; `teacher_loss` in nats per token."""
+
+    name: str
+    records: int
+    positions: int
+    documents: int
+    teacher_loss: float
+
+
+class StoreOverview(Settings):
+    """A store at one manifest, or as committed now.
+
+    Attributes:
+        store: its address.
+        manifest: number of the manifest that lists exactly this, None where none does.
+        newer_units: committed units that the newest manifest does not list.
+        teacher, method, codec, sequences: from the plan; `codec` is its kind, `sequence_length` in positions.
+        units, units_planned: committed, and planned.
+        records, positions, taught_positions: sequences, their positions, and those that may be taught.
+        bytes: of everything that makes up the store: shards, commits, manifest, plan.
+        shard_bytes: of the shards alone.
+        bytes_per_position: all `bytes` over all positions.
+        columns: compressed bytes of each column in the shards.
+        other_bytes: what is in no column: footers and headers of shards, commits, manifest, plan.
+        mean_support: entries per position.
+        mean_entropy: nats, of the teacher's whole distribution.
+        mean_tail_mass: probability outside of the support.
+        teacher_loss, teacher_perplexity: on the tokens that come next; tokens held impossible are left out and counted
+            in `impossible_tokens`.
+        entropy_histogram: positions per bin of half a nat, the last bin open.
+        tail_histogram: positions with tail mass in (10^-(i+1), 10^-i]; the last bin holds everything below.
+        documents, recorded_documents, dead_letters: read; used; not used, by reason.
+        sources: by corpus source.
+    """
+
+    store: str
+    manifest: int | None
+    newer_units: int
+    teacher: TeacherIdentity
+    method: Method
+    codec: str
+    sequence_mode: str
+    sequence_length: int
+    created_at: str
+    units: int
+    units_planned: int
+    records: int
+    positions: int
+    taught_positions: int
+    bytes: int
+    shard_bytes: int
+    bytes_per_position: float
+    columns: dict[str, int]
+    other_bytes: int
+    mean_support: float
+    mean_entropy: float
+    mean_tail_mass: float
+    teacher_loss: float
+    teacher_perplexity: float
+    impossible_tokens: int
+    entropy_histogram: tuple[int, ...]
+    tail_histogram: tuple[int, ...]
+    documents: int
+    recorded_documents: int
+    dead_letters: dict[str, int]
+    sources: tuple[SourceFigures, ...]
+
+
+def read_overview(url: str, manifest: int | None = None) -> StoreOverview:
+    """Look at a store; reads its plan, manifest and commits that are newer, and no shard.
+
+    Raises:
+        StoreNotFoundError, IncompatibleStoreError, CorruptShardError: there is no store, or it cannot be read.
+    """
+    opened = open_store(url, manifest)
+    store, plan = opened.store, opened.store.plan
+    statistics = store.compute_statistics()
+    num_bytes = statistics.bytes + _count_bookkeeping_bytes(opened)
+    positions = max(1, statistics.positions)
+    return StoreOverview(
+        store=store.url,
+        manifest=opened.manifest,
+        newer_units=opened.newer_units,
+        teacher=plan.teacher,
+        method=plan.method,
+        codec=plan.shard.codec.kind,
+        sequence_mode=plan.sequences.mode,
+        sequence_length=plan.sequences.length,
+        created_at=plan.created_at,
+        units=len(store.manifest.units),
+        units_planned=len(plan.build_unit_table()),
+        records=statistics.records,
+        positions=statistics.positions,
+        taught_positions=statistics.taught_positions,
+        bytes=num_bytes,
+        shard_bytes=statistics.bytes,
+        bytes_per_position=num_bytes / positions,
+        columns=statistics.column_bytes,
+        other_bytes=num_bytes - sum(statistics.column_bytes.values()),
+        mean_support=statistics.support_entries / positions,
+        mean_entropy=statistics.mean_entropy,
+        mean_tail_mass=statistics.mean_tail_mass,
+        teacher_loss=statistics.teacher_loss,
+        teacher_perplexity=math.exp(min(statistics.teacher_loss, 700.0)),
+        impossible_tokens=statistics.impossible_tokens,
+        entropy_histogram=statistics.entropy_histogram,
+        tail_histogram=statistics.tail_histogram,
+        documents=statistics.documents,
+        recorded_documents=statistics.recorded_documents,
+        dead_letters=statistics.dead_letters,
+        sources=tuple(_describe_source(name, store.compute_statistics(name)) for name in store.list_sources()),
+    )
+
+
+def _count_bookkeeping_bytes(opened: OpenedStore) -> int:
+    """Bytes of plan, commits and manifest."""
+    wanted = {build_commit_path(int(unit)) for unit in opened.store.manifest.units} | {PLAN_PATH}
+    if opened.manifest is not None:
+        wanted.add(build_manifest_path(opened.manifest))
+    listed = {file.name: file.bytes for file in opened.files.list("")}
+    listed |= {f"{COMMITS}/{file.name}": file.bytes for file in opened.files.list(COMMITS)}
+    return sum(listed.get(path, 0) for path in wanted)
+
+
+def _describe_source(name: str, statistics: StoreStatistics) -> SourceFigures:
+    return SourceFigures(
+        name=name,
+        records=statistics.records,
+        positions=statistics.positions,
+        documents=statistics.documents,
+        teacher_loss=statistics.teacher_loss,
+    )
+
+
+def render_overview(overview: StoreOverview) -> list[RenderableType]:
+    """What `logitstore inspect STORE` shows."""
+    parts: list[RenderableType] = [_build_head(overview)]
+    if overview.positions:
+        parts.append(_build_columns(overview))
+        parts.append(_build_histograms(overview))
+    if len(overview.sources) > 1:
+        rows = [
+            (
+                source.name,
+                format_count(source.records),
+                format_count(source.positions),
+                format_count(source.documents),
+                f"{source.teacher_loss:.3f}",
+            )
+            for source in overview.sources
+        ]
+        columns = ["source", "#records", "#positions", "#documents", "#teacher's loss"]
+        parts.append(build_table("Corpus sources", columns, rows))
+    return parts
+
+
+def _build_head(overview: StoreOverview) -> Table:
+    teacher = overview.teacher
+    facts: list[tuple[str, object]] = [
+        ("store", overview.store),
+        ("manifest", describe_manifest(overview.manifest, overview.newer_units)),
+        ("units", f"{format_count(overview.units)} of {format_count(overview.units_planned)} committed"),
+        ("teacher", f"{teacher.model} ({teacher.architecture}, {teacher.dtype}, {teacher.engine})"),
+        ("vocabulary", f"{format_count(teacher.vocab_size)} ids"),
+        ("method", describe_method(overview.method)),
+        ("codec", overview.codec),
+        ("sequences", f"{overview.sequence_mode}, {format_count(overview.sequence_length)} positions at most"),
+        ("records", format_count(overview.records)),
+        ("positions", _describe_positions(overview)),
+        ("documents", describe_documents(overview.documents, overview.dead_letters)),
+        ("bytes", f"{format_bytes(overview.bytes)}, everything included"),
+    ]
+    if overview.positions:
+        facts += [
+            ("per position", f"{overview.bytes_per_position:.1f} bytes, {overview.mean_support:.1f} support entries"),
+            ("tail mass", f"{format_share(overview.mean_tail_mass)} of the probability lies outside the support"),
+            ("entropy", f"{overview.mean_entropy:.3f} nats in the mean"),
+            ("teacher's loss", _describe_loss(overview)),
+        ]
+    return build_facts(facts)
+
+
+def describe_method(method: Method) -> str:
+    """A capture method in a few words."""
+    if method.top_p is None:
+        return f"top-k, k = {method.k}"
+    return f"top-k, k = {method.min_k} to {method.k}, as far as mass {method.top_p:g}"
+
+
+def _describe_positions(overview: StoreOverview) -> str:
+    if overview.taught_positions == overview.positions:
+        return format_count(overview.positions)
+    share = overview.taught_positions / max(1, overview.positions)
+    return f"{format_count(overview.positions)}, {format_share(share)} of them taught"
+
+
+def _describe_loss(overview: StoreOverview) -> str:
+    impossible = ""
+    if overview.impossible_tokens:
+        impossible = f", {format_count(overview.impossible_tokens)} tokens held impossible left out"
+    return format_loss(overview.teacher_loss) + impossible
+
+
+def _build_columns(overview: StoreOverview) -> Table:
+    rows = [
+        (name, format_bytes(size), format_share(size / overview.bytes), f"{size / overview.positions:.2f}")
+        for name, size in sorted(overview.columns.items(), key=lambda item: -item[1])
+    ]
+    other = overview.other_bytes
+    rows.append(
+        (
+            "footers, commits, manifest",
+            format_bytes(other),
+            format_share(other / overview.bytes),
+            f"{other / overview.positions:.2f}",
+        )
+    )
+    return build_table("Where the bytes are", ["column", "#bytes", "#share", "#bytes per position"], rows)
+
+
+def _build_histograms(overview: StoreOverview) -> Table:
+    """Entropy and tail mass side by side."""
+    from rich.table import Table
+
+    bins_per_nat = round(1 / ENTROPY_BIN_NATS)
+    counts = overview.entropy_histogram
+    nats = [sum(counts[i : i + bins_per_nat]) for i in range(0, len(counts), bins_per_nat)]
+    while len(nats) > 1 and not nats[-1]:
+        nats.pop()
+    labels = [f"{i} to {i + 1}" for i in range(len(nats))]
+    if len(nats) * bins_per_nat == len(counts):
+        labels[-1] = f"{len(nats) - 1} and more"
+    tails = overview.tail_histogram
+    tail_labels = [f"10^-{i + 1} to {f'10^-{i}' if i else '1'}" for i in range(len(tails) - 1)]
+    tail_labels.append(f"below 10^-{len(tails) - 1}")
+    table = Table.grid(padding=(0, 4))
+    table.add_row(
+        build_histogram("Entropy of the teacher, nats", labels, nats),
+        build_histogram("Probability outside the support", tail_labels, tails),
+    )
+    return table

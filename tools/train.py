@@ -1,0 +1,93 @@
+"""`logitstore train`: train a student from a store."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tools.logs import Quiet, Verbose, set_up_logs
+
+if TYPE_CHECKING:
+    from trainer.config import TrainSettings
+    from trainer.loop import TrainReport
+
+
+def command(
+    settings_file: Annotated[Path, typer.Argument(metavar="TRAIN.yaml", help="Settings of the run.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings that replace the file's.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train a student from a store.
+
+    Run again, it goes on from its newest checkpoint. Ends with exit code 4 when it was asked to stop (SIGTERM) before
+    it was done.
+
+    \b
+    Example:
+      logitstore train train.yaml
+      logitstore train train.yaml loss.weight=0.9 steps=5000
+      torchrun --nproc-per-node 8 -m tools.train train.yaml
+    """
+    set_up_logs(quiet=quiet, verbose=verbose)
+    from logitstore.settings import read_settings
+    from tools.evaluate import render_evaluation
+    from tools.look import build_facts, format_count, print_json, print_result
+    from trainer.config import TrainSettings
+
+    settings = read_settings(TrainSettings, settings_file, overrides or [])
+    is_first_rank = os.environ.get("RANK", "0") == "0"
+    report = run_train(settings, quiet=quiet or not is_first_rank)
+    if is_first_rank and as_json:
+        print_json(describe_report(report))
+    elif is_first_rank:
+        facts = [
+            ("output", settings.output),
+            ("steps", f"{format_count(report.steps)} of {format_count(settings.steps)}"),
+            ("positions", format_count(report.positions)),
+            ("student", report.student),
+            ("next", "run the same command again to go on" if report.interrupted else None),
+        ]
+        evaluation = () if report.evaluation is None else (render_evaluation(report.evaluation, "Held-out records"),)
+        print_result(build_facts(facts), *evaluation)
+    if report.interrupted:
+        raise typer.Exit(4)
+
+
+def run_train(settings: TrainSettings, *, quiet: bool = False) -> TrainReport:
+    """Train with a progress bar on stderr; see `trainer.loop.train`."""
+    from tools.look import show_progress
+    from trainer.loop import train
+
+    with show_progress("train", quiet=quiet) as report:
+        return train(
+            settings,
+            on_step=lambda result: report(
+                result.step,
+                settings.steps,
+                f"loss {result.loss:.3f}  KL {result.bucket_kl:.3f}  text {result.cross_entropy:.3f}",
+            ),
+        )
+
+
+def describe_report(report: TrainReport) -> dict[str, object]:
+    """A report as plain values."""
+    return {
+        "steps": report.steps,
+        "positions": report.positions,
+        "interrupted": report.interrupted,
+        "student": None if report.student is None else str(report.student),
+        "evaluation": None if report.evaluation is None else report.evaluation.list_scalars(),
+    }
+
+
+if __name__ == "__main__":
+    from tools.cli import main
+
+    main("train")

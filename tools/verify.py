@@ -1,0 +1,100 @@
+"""`logitstore verify`: hold a store to its word, and mend what can be mended."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tools.logs import Quiet, Verbose, set_up_logs
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from tools.store_check import StoreCheck
+
+
+def command(
+    store: Annotated[str, typer.Argument(metavar="STORE", help="URL or folder of the store.")],
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Look at commits, sizes and manifests; read no shard.")
+    ] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Take damaged units back and write a manifest of the others.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Hold a store to its word.
+
+    Recomputes all that the store says of itself from its bytes; exit code 3 when something is wrong. --repair takes
+    back the commits of damaged units, so that the next capture does them again, and writes a new manifest. It deletes
+    no shard: 'logitstore gc --delete' does.
+
+    \b
+    Example:
+      logitstore verify runs/store
+      logitstore verify s3://bucket/stores/docs --repair
+    """
+    set_up_logs(quiet=quiet, verbose=verbose)
+    from logitstore.store.files import StoreFiles
+    from tools.look import print_json, print_result, show_progress
+    from tools.store_check import run_verify
+
+    with show_progress("verify", quiet=quiet) as report:
+        check = run_verify(StoreFiles(store), quick=quick, repair=repair, report=report)
+    if as_json:
+        print_json(check)
+    else:
+        print_result(*render_check(check))
+    if not check.is_good:
+        raise typer.Exit(3)
+
+
+def render_check(check: StoreCheck) -> list[RenderableType]:
+    """What `logitstore verify` shows."""
+    from rich.text import Text
+
+    from tools.look import build_facts, format_bytes, format_count
+
+    read = "commits, sizes and manifests; no shard was read" if check.is_quick else "every byte of every shard"
+    parts: list[RenderableType] = [
+        build_facts(
+            [
+                ("store", check.store),
+                ("looked at", read),
+                ("units", f"{format_count(check.units)} of {format_count(check.units_planned)} committed"),
+                ("found right", f"{format_count(check.records)} records, {format_count(check.positions)} positions"),
+                ("", f"{format_bytes(check.bytes)} of shards"),
+            ]
+        )
+    ]
+    for problem in check.problems:
+        parts.append(Text(f"{problem.path}: {problem.what}\n  → {problem.what_to_do}", style="red"))
+    if check.is_clean:
+        parts.append(Text("The store is what it says it is.", style="green"))
+    elif not check.is_repaired:
+        parts.append(Text(f"{_count_problems(len(check.problems))}.", style="bold red"))
+    else:
+        parts.append(Text(_describe_repair(check), style="green" if check.is_good else "bold red"))
+    return parts
+
+
+def _describe_repair(check: StoreCheck) -> str:
+    lines = [f"{_count_problems(len(check.problems))}; manifest {check.manifest} was written without them."]
+    if check.units_to_capture:
+        units = ", ".join(map(str, check.units_to_capture))
+        lines.append(f"To be captured again with 'logitstore capture': units {units}.")
+    lines += [f"Still wrong: {problem.path}: {problem.what}" for problem in check.remaining]
+    return "\n".join(lines)
+
+
+def _count_problems(count: int) -> str:
+    return "1 problem" if count == 1 else f"{count:,} problems"
+
+
+if __name__ == "__main__":
+    from tools.cli import main
+
+    main("verify")
