@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import sys
 from collections.abc import Iterator
 
 import ray
 
 from logitstore.errors import OutsideError
+
+_REACH_SECONDS = 10.0
 
 
 @contextlib.contextmanager
@@ -38,8 +41,9 @@ def connect(address: str | None, *, num_cpus: int | None = None) -> Iterator[Non
                 log_to_driver=False,
             )
         else:
+            _check_reachable(address)
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         where = address or "this machine"
         raise OutsideError(f"Ray at {where}: expected a cluster, found {error}; check --address") from error
     try:
@@ -48,3 +52,10 @@ def connect(address: str | None, *, num_cpus: int | None = None) -> Iterator[Non
             yield
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Fail within seconds where nobody listens: Ray itself waits for minutes."""
+    host, separator, port = address.rpartition(":")
+    if separator and "://" not in address and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_SECONDS).close()

@@ -69,14 +69,15 @@ def compute_ticks(low: float, high: float, target: int = 5) -> list[float]:
 
 
 def _draw_line(line: Line, x_ticks: Sequence[float], y_ticks: Sequence[float]) -> str:
-    places = [(_place_x(x, x_ticks), _place_y(y, y_ticks)) for x, y in line.points if math.isfinite(y)]
+    points = [(x, y) for x, y in line.points if math.isfinite(y)]
+    places = [(_place_x(x, x_ticks), _place_y(y, y_ticks)) for x, y in points]
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
     drawn = f'<polyline class="{line.style}" points="{path}"/>'
     if len(places) > 20:
         return drawn
     dots = [
         f'<circle class="{line.style}" cx="{px:.1f}" cy="{py:.1f}" r="3"><title>{x:g}: {y:.4g}</title></circle>'
-        for (x, y), (px, py) in zip(line.points, places, strict=False)
+        for (x, y), (px, py) in zip(points, places, strict=True)
     ]
     return drawn + "".join(dots)
 

@@ -49,37 +49,55 @@ def command(
     from logitstore.errors import ConfigError
     from tools.look import print_json, print_result
 
-    result: object
-    parts: list[RenderableType]
     if record is None and (positions or tokenizer):
         raise ConfigError("logitstore inspect: --positions and --tokenizer: expected --record beside them, found none")
-    if store.endswith(".parquet"):
-        from tools.shard_view import read_shard_view, render_shard_view
-
-        if record is not None or dead_letters or manifest is not None:
-            raise ConfigError(f"{store}: expected a store for --record, --dead-letters and --manifest, found a shard")
-        shard = read_shard_view(store)
-        result, parts = shard, render_shard_view(shard)
-    elif record is not None:
-        from tools.record_text import render_record_view
-        from tools.record_view import read_record_view
-
-        view = read_record_view(store, record, positions, top=top, manifest=manifest, tokenizer=tokenizer)
-        result, parts = view, render_record_view(view)
-    elif dead_letters:
-        from tools.dead_letters import read_dead_letters, render_dead_letters
-
-        letters = read_dead_letters(store, manifest)
-        result, parts = letters, render_dead_letters(letters)
+    if record is not None:
+        result, parts = look_at_record(store, record, positions, top=top, manifest=manifest, tokenizer=tokenizer)
     else:
-        from tools.store_overview import read_overview, render_overview
-
-        overview = read_overview(store, manifest)
-        result, parts = overview, render_overview(overview)
+        result, parts = look_at_store(store, manifest, dead_letters=dead_letters)
     if as_json:
         print_json(result)
     else:
         print_result(*parts)
+
+
+def look_at_store(url: str, manifest: int | None, *, dead_letters: bool) -> tuple[object, list[RenderableType]]:
+    """A store, its dead letters or a single shard: the figures, and how they are shown.
+
+    Raises:
+        ConfigError: a shard has no manifests, and no dead letters either.
+    """
+    if url.endswith(".parquet"):
+        from logitstore.errors import ConfigError
+        from tools.shard_view import read_shard_view, render_shard_view
+
+        if dead_letters or manifest is not None:
+            raise ConfigError(f"{url}: expected a store for --dead-letters and --manifest, found a shard")
+        shard = read_shard_view(url)
+        return shard, render_shard_view(shard)
+    if dead_letters:
+        from tools.dead_letters import read_dead_letters, render_dead_letters
+
+        letters = read_dead_letters(url, manifest)
+        return letters, render_dead_letters(letters)
+    from tools.store_overview import read_overview, render_overview
+
+    overview = read_overview(url, manifest)
+    return overview, render_overview(overview)
+
+
+def look_at_record(
+    url: str, record: str, positions: str | None, *, top: int, manifest: int | None, tokenizer: str | None
+) -> tuple[object, list[RenderableType]]:
+    """Positions of a record, and how they are shown; see `tools.record_view.read_record_view`."""
+    from logitstore.errors import ConfigError
+    from tools.record_text import render_record_view
+    from tools.record_view import read_record_view
+
+    if url.endswith(".parquet"):
+        raise ConfigError(f"{url}: expected a store for --record, found a shard; give the store's address")
+    view = read_record_view(url, record, positions, top=top, manifest=manifest, tokenizer=tokenizer)
+    return view, render_record_view(view)
 
 
 if __name__ == "__main__":

@@ -53,10 +53,10 @@ def _build_head(view: RecordView) -> Table:
 
 def _build_text(view: RecordView) -> Text:
     """The text as it is; each token in the colour of the teacher's entropy before it."""
-    text = Text(make_visible(view.positions[0].token or "", keep_lines=True), style="")
-    for position in view.positions:
-        piece = make_visible(position.next_token or "", keep_lines=True)
-        text.append(piece, style=find_style(position.entropy))
+    text = Text()
+    for piece in view.text:
+        style = "" if piece.entropy is None else find_style(piece.entropy)
+        text.append(make_visible(piece.text, keep_lines=True), style=style)
     return text
 
 
@@ -85,12 +85,11 @@ def _build_positions(view: RecordView) -> Table:
         for position in view.positions
     ]
     columns = ["#at", "next", "#share", "#slot", "#nats", "#tail", "the teacher's candidates in %, ▸ came next"]
-    table = build_table(None, columns, rows)
-    return table
+    return build_table(None, columns, rows)
 
 
 def _build_candidates(position: PositionView) -> Text:
-    line = Text()
+    line = Text("" if position.is_taught else "not taught: ", style="" if position.is_taught else "dim")
     for candidate in position.candidates:
         name = _name(candidate.token, candidate.token_id)
         percent = 100 * candidate.probability
@@ -98,8 +97,6 @@ def _build_candidates(position: PositionView) -> Text:
         mark = "▸" if candidate.is_next else ""
         line.append(f"{mark}{name} {share}", style="bold" if candidate.is_next else "")
         line.append("  ")
-    if not position.is_taught:
-        line.append(" not taught", style="dim")
     line.rstrip()
     return line
 
@@ -119,7 +116,7 @@ def _name(token: str | None, token_id: int) -> str:
     """A token in a table: its text with spaces to be seen, or its id."""
     if token is None:
         return str(token_id)
-    if not token:
+    if not token or "\ufffd" in token:  # nothing to see, or a part of a character
         return f"<{token_id}>"
     visible = make_visible(token).replace(" ", "·")
     return visible if len(visible) <= _LONGEST_TOKEN else visible[: _LONGEST_TOKEN - 1] + "…"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +16,11 @@ from logitstore.teacher.protocol import TeacherIdentity
 from tools.opened_store import open_store
 
 _FIRST_POSITIONS = 32
-# The text of a token id, given the id before it; None where no tokenizer can tell.
-PieceOf = Callable[[int | None, int], str | None]
+# What stands for bytes that are no character by themselves.
+_BROKEN = "\ufffd"
+_LONGEST_CHARACTER = 4  # bytes, and so tokens
+# The text of ids, given the id before them; None where no tokenizer can tell.
+FindText = Callable[[int | None, Sequence[int]], str | None]
 
 
 class Candidate(Settings):
@@ -59,6 +62,16 @@ class PositionView(Settings):
     candidates: tuple[Candidate, ...]
 
 
+class TextPiece(Settings):
+    """A piece of the record's text, of one token or (where a character is spread over several) a few.
+
+    `entropy` is the teacher's before the first of them, in nats; None for the first token shown.
+    """
+
+    text: str
+    entropy: float | None
+
+
 class DocumentPart(Settings):
     """A document of the record, see `logitstore.records.DocumentSpan`."""
 
@@ -79,6 +92,7 @@ class RecordView(Settings):
         documents: that the record is made of.
         tokenizer: name of the tokenizer that made the text, None where there is none.
         tokenizer_trouble: why there is none.
+        text: of the positions asked for, from the first one's token to the last one's next token.
         positions: those asked for.
     """
 
@@ -91,6 +105,7 @@ class RecordView(Settings):
     documents: tuple[DocumentPart, ...]
     tokenizer: str | None
     tokenizer_trouble: str | None
+    text: tuple[TextPiece, ...]
     positions: tuple[PositionView, ...]
 
 
@@ -121,8 +136,8 @@ def read_record_view(
     store = open_store(url, manifest).store
     found = find_record(store, record)
     chosen = parse_positions(positions, found.num_positions)
-    name = tokenizer or store.plan.teacher.model
-    piece_of, trouble = load_pieces(name, store.plan.teacher, may_fetch=tokenizer is not None)
+    name = tokenizer or store.plan.teacher.tokenizer_name
+    find_text, trouble = load_find_text(name, store.plan.teacher, may_fetch=tokenizer is not None)
     plan = store.plan
     logprobs = found.signal.next_token_logprob.astype(np.float64)
     possible = logprobs[np.isfinite(logprobs)]
@@ -139,7 +154,8 @@ def read_record_view(
         ),
         tokenizer=name if trouble is None else None,
         tokenizer_trouble=trouble,
-        positions=tuple(view_position(found, position, piece_of, top) for position in chosen),
+        text=tuple(cut_text(found, chosen, find_text)),
+        positions=tuple(view_position(found, position, find_text, top) for position in chosen),
     )
 
 
@@ -182,7 +198,7 @@ def parse_positions(text: str | None, num_positions: int) -> range:
     return chosen
 
 
-def view_position(record: Record, position: int, piece_of: PieceOf, top: int) -> PositionView:
+def view_position(record: Record, position: int, find_text: FindText, top: int) -> PositionView:
     """One position of a record in words."""
     signal = record.signal
     before = int(record.token_ids[position - 1]) if position else None
@@ -192,9 +208,9 @@ def view_position(record: Record, position: int, piece_of: PieceOf, top: int) ->
     return PositionView(
         position=position,
         token_id=token_id,
-        token=piece_of(before, token_id),
+        token=find_text(before, [token_id]),
         next_token_id=next_id,
-        next_token=piece_of(token_id, next_id),
+        next_token=find_text(token_id, [next_id]),
         next_token_probability=math.exp(float(signal.next_token_logprob[position])),
         next_token_slot=int(slots[0]) if len(slots) else None,
         entropy=float(signal.entropy[position]),
@@ -204,13 +220,31 @@ def view_position(record: Record, position: int, piece_of: PieceOf, top: int) ->
         candidates=tuple(
             Candidate(
                 token_id=int(candidate),
-                token=piece_of(token_id, int(candidate)),
+                token=find_text(token_id, [int(candidate)]),
                 probability=math.exp(float(logprob)),
                 is_next=int(candidate) == next_id,
             )
             for candidate, logprob in zip(ids[:top], logprobs[:top], strict=True)
         ),
     )
+
+
+def cut_text(record: Record, chosen: range, find_text: FindText) -> Iterator[TextPiece]:
+    """The text of some positions in pieces that are whole characters; nothing without a tokenizer."""
+    token_ids = record.token_ids.tolist()
+    start = chosen.start
+    while start <= chosen.stop:
+        stop = start + 1
+        before = token_ids[start - 1] if start else None
+        text = find_text(before, token_ids[start:stop])
+        if text is None:
+            return
+        while text.endswith(_BROKEN) and stop <= chosen.stop and stop - start < _LONGEST_CHARACTER:
+            stop += 1
+            text = find_text(before, token_ids[start:stop]) or ""
+        entropy = None if start == chosen.start else float(record.signal.entropy[start - 1])
+        yield TextPiece(text=text, entropy=entropy)
+        start = stop
 
 
 def find_tokenizer_folder(name: str) -> str | None:
@@ -229,31 +263,31 @@ def find_tokenizer_folder(name: str) -> str | None:
     return None
 
 
-def load_pieces(name: str, teacher: TeacherIdentity, *, may_fetch: bool) -> tuple[PieceOf, str | None]:
+def load_find_text(name: str, teacher: TeacherIdentity, *, may_fetch: bool) -> tuple[FindText, str | None]:
     """What turns ids into text, and why it cannot where it cannot."""
     try:
         from logitstore.teacher.tokenizer import load_tokenizer
     except ModuleNotFoundError as error:
-        return _no_piece, f"the package {error.name!r} is not installed: pip install 'logitstore[teacher]'"
+        return _find_nothing, f"the package {error.name!r} is not installed: pip install 'logitstore[teacher]'"
     folder = find_tokenizer_folder(name)
     if folder is None and not may_fetch:
-        return _no_piece, f"the tokenizer of {name!r} is not on this machine; '--tokenizer {name}' would fetch it"
+        return _find_nothing, f"the tokenizer of {name!r} is not on this machine; '--tokenizer {name}' would fetch it"
     try:
         tokenizer = load_tokenizer(folder or name)
     except ConfigError as error:
-        return _no_piece, f"{error} (--tokenizer FOLDER names another)"
+        return _find_nothing, f"{error} (--tokenizer FOLDER names another)"
     if tokenizer.fingerprint != teacher.tokenizer_fingerprint:
-        return _no_piece, f"the tokenizer of {name!r} is not the one that the store was captured with"
+        return _find_nothing, f"the tokenizer of {name!r} is not the one that the store was captured with"
 
-    def find_piece(before: int | None, token_id: int) -> str:
+    def find_text(before: int | None, token_ids: Sequence[int]) -> str:
         # Many tokenizers drop the space before the first token of a text: decode it behind its neighbour.
         if before is None:
-            return tokenizer.decode([token_id])
-        prefix, both = tokenizer.decode([before]), tokenizer.decode([before, token_id])
-        return both.removeprefix(prefix) if both.startswith(prefix) else tokenizer.decode([token_id])
+            return tokenizer.decode(token_ids)
+        prefix, both = tokenizer.decode([before]), tokenizer.decode([before, *token_ids])
+        return both.removeprefix(prefix) if both.startswith(prefix) else tokenizer.decode(token_ids)
 
-    return find_piece, None
+    return find_text, None
 
 
-def _no_piece(before: int | None, token_id: int) -> None:
+def _find_nothing(before: int | None, token_ids: Sequence[int]) -> None:
     return None

@@ -106,7 +106,8 @@ def _build_table(students: Sequence[StudentResult], positions: int) -> str:
         cells = "".join(f"<td{' class=best' if value == best else ''}>{value:{form}}</td>" for value in values)
         rows.append(f'<tr><th scope="row">{_text(label)}</th>{cells}</tr>')
     caption = f"On {positions:,} held-out positions; the better figure of each row is bold."
-    return f"<table><caption>{caption}</caption><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    body = f"<thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
+    return f"<table><caption>{caption}</caption>{body}</table>"
 
 
 def _build_curves(students: Sequence[StudentResult]) -> list[str]:
@@ -123,7 +124,7 @@ def _build_curves(students: Sequence[StudentResult]) -> list[str]:
 
 
 def _build_reliability(students: Sequence[StudentResult]) -> str:
-    """How often the likeliest token is right, against how sure the student is; a calibrated one lies on the diagonal."""
+    """How often the likeliest token is right, against how sure the student is: on the diagonal where calibrated."""
     lines = [Line(name="calibrated", points=((0.0, 0.0), (1.0, 1.0)), style="faint")]
     for number, student in enumerate(students):
         bins = zip(
@@ -135,7 +136,7 @@ def _build_reliability(students: Sequence[StudentResult]) -> str:
         points = tuple((confidence, accuracy) for confidence, accuracy, count in bins if count)
         lines.append(Line(name=student.name, points=points, style=f"s{number % 2}"))
     return build_line_chart(
-        "Calibration, held-out", "probability of the likeliest token", "share that was right", lines
+        "Calibration, held out", "probability of the likeliest token", "share that was right", lines
     )
 
 

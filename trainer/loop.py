@@ -73,7 +73,7 @@ def train(settings: TrainSettings, *, on_step: Callable[[StepResult], None] | No
         stop_request = stack.enter_context(listen_for_stop())
         processes = stack.enter_context(join_processes(settings.device))
         run = prepare_run(settings, processes)
-        stack.callback(run.stream.close)
+        stack.callback(run.close)
         logs = stack.enter_context(RunLogs(run))
 
         should_stop = False

@@ -73,6 +73,15 @@ class Run:
     def is_first_rank(self) -> bool:
         return self.processes.rank == 0
 
+    def close(self) -> None:
+        """Stop the stream, and let go of the wrapper around the student.
+
+        A wrapper that outlives the process group takes gloo's threads with it when Python frees it, which now and
+        then never ends: they want the interpreter lock that it waits for them under.
+        """
+        self.stream.close()
+        self.model = self.student
+
 
 def prepare_run(settings: TrainSettings, processes: Processes) -> Run:
     """Open the store, build the student, and take both to where a checkpoint in the output folder left them."""

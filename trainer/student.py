@@ -128,12 +128,12 @@ def save_student(student: PreTrainedModel, folder: Path, teacher: TeacherIdentit
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     student.save_pretrained(temporary)
-    for source in (settings.model, teacher.model):
+    for source in (settings.model, teacher.tokenizer_name):
         if source is not None and _save_tokenizer(source, temporary, teacher):
             break
     else:
         _LOGGER.warning(
-            "%s: saved without a tokenizer: the teacher's, %r, cannot be loaded here", folder, teacher.model
+            "%s: saved without a tokenizer: the teacher's, %r, cannot be loaded here", folder, teacher.tokenizer_name
         )
     shutil.rmtree(folder, ignore_errors=True)
     temporary.replace(folder)

@@ -126,7 +126,8 @@ def build_batch(table: pa.Table) -> RecordBatch:
 
 def _read_offsets(column: pa.Array) -> np.ndarray:
     offsets: np.ndarray = column.offsets.to_numpy().astype(np.int64)
-    return np.subtract(offsets, offsets[0])
+    offsets -= offsets[0]
+    return offsets
 
 
 def _read_documents(

@@ -164,6 +164,19 @@ def quarantine_unit(files: StoreFiles, entry: QuarantinedUnit) -> None:
 
 
 def read_quarantine(files: StoreFiles) -> list[QuarantinedUnit]:
-    """All units set aside, ascending."""
+    """All units set aside, ascending.
+
+    Raises:
+        CorruptShardError: a record is damaged.
+    """
     paths = [build_quarantine_path(unit) for unit in list_units(files, QUARANTINE)]
-    return [QuarantinedUnit.model_validate_json(data) for data in files.read_many(paths)]
+    entries = []
+    for path, data in zip(paths, files.read_many(paths), strict=True):
+        try:
+            entries.append(QuarantinedUnit.model_validate_json(data))
+        except ValidationError as error:
+            raise CorruptShardError(
+                f"{files.url}/{path}: expected a quarantine record, found {error.errors()[0]['msg']}; delete it to try "
+                "the unit again"
+            ) from None
+    return entries

@@ -6,6 +6,8 @@ import hashlib
 import json
 from typing import Any
 
+from pydantic import ValidationError
+
 from logitstore.corpus.documents import CorpusFile
 from logitstore.corpus.sequences import SequenceSettings
 from logitstore.corpus.units import UnitTable
@@ -67,7 +69,7 @@ class StorePlan(Settings):
         values = self.model_dump(mode="json", exclude={"created_by", "created_at"})
         # Where the weights were found and which release ran them explains small differences between attempts; it does
         # not make another store.
-        for name in ("model", "engine_version"):
+        for name in ("model", "tokenizer", "engine_version"):
             del values["teacher"][name]
         return values
 
@@ -110,7 +112,14 @@ def read_plan(files: StoreFiles) -> StorePlan:
             f"{files.url}: format version differs\n  in the store: {version}\n  this program reads: {FORMAT_VERSION}\n"
             "install a logitstore that reads that version"
         )
-    return StorePlan.model_validate(values)
+    try:
+        return StorePlan.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise IncompatibleStoreError(
+            f"{files.url}/{PLAN_PATH}: expected a store's plan, found {key}: {first['msg']}"
+        ) from None
 
 
 def create_plan(files: StoreFiles, plan: StorePlan) -> StorePlan:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from logitstore.errors import CorruptShardError, IncompatibleStoreError, LogitStoreError
 from logitstore.shard.invariants import find_violations
@@ -16,6 +20,7 @@ from logitstore.shard.summary import RowGroup, compute_row_group_statistics
 from logitstore.store.commit import (
     COMMITS,
     DATA,
+    QUARANTINE,
     Commit,
     build_commit_path,
     list_units,
@@ -88,9 +93,9 @@ def verify_store(
                 num_bytes += commit.shard.bytes
             if report is not None:
                 report(done, len(units))
-    damaged = {problem.unit for problem in problems}
-    if not damaged:
-        problems.extend(_verify_manifest(files, fingerprint))
+    if not problems:
+        is_finished = len(set(units) | set(list_units(files, QUARANTINE))) >= num_units
+        problems.extend(_verify_manifest(files, fingerprint, is_finished=is_finished))
     return Verification(
         units=len(units),
         units_planned=num_units,
@@ -163,9 +168,9 @@ def _find_shard_problems(files: StoreFiles, plan: StorePlan, fingerprint: str, c
         return
     if (header.plan_fingerprint, header.unit) != (fingerprint, commit.unit):
         yield f"expected unit {commit.unit} of this plan, found unit {header.unit} of plan {header.plan_fingerprint}"
-    next_index = 0
     intact = True
-    for index, row_group in enumerate(shard.row_groups):
+    starts = itertools.accumulate((row_group.records for row_group in shard.row_groups), initial=0)
+    for index, (start, row_group) in enumerate(zip(starts, shard.row_groups, strict=False)):
         part = data[row_group.offset : row_group.offset + row_group.bytes]
         if hashlib.sha256(part).hexdigest() != row_group.sha256:
             yield f"row group {index}: the bytes are not the ones that were committed"
@@ -179,10 +184,9 @@ def _find_shard_problems(files: StoreFiles, plan: StorePlan, fingerprint: str, c
             continue
         for violation in find_violations(batch, vocab_size=plan.teacher.vocab_size, codec=plan.shard.codec):
             yield f"row group {index}, {violation}"
-        expected_indices = range(next_index, next_index + row_group.records)
+        expected_indices = range(start, start + row_group.records)
         if batch.indices.tolist() != list(expected_indices) or set(batch.units.tolist()) != {commit.unit}:
             yield f"row group {index}: records are not numbered {expected_indices} of unit {commit.unit}"
-        next_index += row_group.records
         yield from _compare_statistics(index, row_group, compute_row_group_statistics(batch))
     if intact and hashlib.sha256(data).hexdigest() != shard.sha256:
         yield "the file's bytes are not the ones that were committed (outside row groups and footer)"
@@ -198,11 +202,13 @@ def _compare_statistics(index: int, committed: RowGroup, found: dict[str, object
             yield f"row group {index}: {name}: the commit says {expected}, the bytes say {value}"
 
 
-def _verify_manifest(files: StoreFiles, fingerprint: str) -> Iterator[Problem]:
-    """The newest manifest must be readable and list exactly what is committed."""
+def _verify_manifest(files: StoreFiles, fingerprint: str, *, is_finished: bool) -> Iterator[Problem]:
+    """The newest manifest must be readable and list what is committed: all of it, once the capture is finished."""
     numbers = list_manifests(files)
     rebuild = f"run 'logitstore verify {files.url} --repair' to write a new manifest"
     live = take_snapshot(files, fingerprint, None)
+    if not numbers and not is_finished:
+        return
     if not numbers:
         yield Problem(path="manifest-*.parquet", what="there is no manifest yet", what_to_do=rebuild)
         return
@@ -212,17 +218,20 @@ def _verify_manifest(files: StoreFiles, fingerprint: str) -> Iterator[Problem]:
     except (CorruptShardError, IncompatibleStoreError) as error:
         yield Problem(path=path, what=str(error), what_to_do=rebuild)
         return
-    if (what := _compare_manifests(stored, live)) is not None:
+    if (what := _compare_manifests(stored, live, is_finished=is_finished)) is not None:
         yield Problem(path=path, what=what, what_to_do=rebuild)
 
 
-def _compare_manifests(stored: Manifest, live: Manifest) -> str | None:
+def _compare_manifests(stored: Manifest, live: Manifest, *, is_finished: bool) -> str | None:
     if stored.plan_fingerprint != live.plan_fingerprint:
         return (
             f"lists another plan\n  in the manifest: {stored.plan_fingerprint}\n"
             f"  in plan.json:    {live.plan_fingerprint}"
         )
-    if stored.table.combine_chunks().equals(live.table):
+    listed = live.table
+    if not is_finished:  # what was committed since belongs into the next manifest
+        listed = listed.filter(pc.is_in(listed["unit"], pa.array(stored.units)))
+    if stored.table.combine_chunks().equals(listed.combine_chunks()):
         return None
     missing = sorted(set(live.units.tolist()) - set(stored.units.tolist()))
     surplus = sorted(set(stored.units.tolist()) - set(live.units.tolist()))

@@ -49,6 +49,7 @@ class HuggingFaceTeacher:
         )
         self._identity = TeacherIdentity(
             model=settings.model,
+            tokenizer=settings.tokenizer,
             engine="huggingface",
             engine_version=f"transformers {transformers.__version__}, torch {torch.__version__}",
             architecture=type(model).__name__,

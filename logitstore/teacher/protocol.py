@@ -12,7 +12,7 @@ from logitstore.records import Signal
 from logitstore.settings import Settings
 
 # Where the weights were found, and which release ran them, changes no more than rounding.
-_NOT_COMPARED = frozenset({"model", "engine_version"})
+_NOT_COMPARED = frozenset({"model", "tokenizer", "engine_version"})
 
 
 class TeacherSettings(Settings):
@@ -69,7 +69,8 @@ class TeacherIdentity(Settings):
     """What makes two teachers the same.
 
     Attributes:
-        model: the name as it was given.
+        model: the name as it was given; not compared.
+        tokenizer: likewise, None for the model's own; not compared.
         engine: what ran it.
         engine_version: releases of the engine; not compared.
         architecture: class of the model.
@@ -83,6 +84,7 @@ class TeacherIdentity(Settings):
     """
 
     model: str
+    tokenizer: str | None = None
     engine: Literal["huggingface"]
     engine_version: str
     architecture: str
@@ -93,6 +95,11 @@ class TeacherIdentity(Settings):
     padded_vocab_size: int = Field(ge=1)
     max_positions: int | None
     end_of_text_id: int = Field(ge=0)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What to load the tokenizer from."""
+        return self.tokenizer or self.model
 
     def differences(self, other: TeacherIdentity) -> list[str]:
         """One line per field that tells two teachers apart, with both values; empty for the same teacher."""

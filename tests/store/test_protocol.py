@@ -232,6 +232,32 @@ def test_damaged_manifest_is_an_error_and_rebuilt_by_repair(tmp_path: Path) -> N
     assert read_manifest(files).number == 2
 
 
+def test_verify_of_a_capture_that_still_runs_finds_nothing_wrong(files: FaultyFiles, tmp_path: Path) -> None:
+    plan = create_plan(files, build_plan(3))
+    for unit in (0, 1):
+        commit_unit(files, put(files, unit, "a", tmp_path))
+        assert verify_store(files).problems == ()
+        if unit == 0:
+            write_manifest(files, plan.compute_fingerprint())
+    commit_unit(files, put(files, 2, "a", tmp_path))
+    [problem] = verify_store(files).problems  # finished, and readers would not see units 1 and 2
+    assert "units committed but not listed: [1, 2]" in problem.what
+
+
+def test_damaged_row_group_is_the_only_one_complained_about(tmp_path: Path) -> None:
+    files = StoreFiles(str(tmp_path / "store"))
+    plan = create_plan(files, build_plan(1))
+    records = build_records(30, vocab_size=VOCAB_SIZE)
+    commit = put_shard(files, plan, 0, records, "a", tmp_path)
+    assert commit.shard is not None
+    assert len(commit.shard.row_groups) > 2
+    commit_unit(files, commit)
+    write_manifest(files, plan.compute_fingerprint())
+    flip(tmp_path / "store" / str(commit.file), commit.shard.row_groups[1].offset + 20)
+    [problem] = verify_store(files).problems
+    assert problem.what.startswith("row group 1: ")
+
+
 def flip(path: Path, place: int) -> None:
     data = bytearray(path.read_bytes())
     data[place] ^= 4

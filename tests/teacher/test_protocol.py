@@ -29,8 +29,9 @@ def test_differences_name_every_field_with_both_values() -> None:
     assert IDENTITY.differences(other) == ["dtype: 'float32' / 'bfloat16'", "vocab_size: 100 / 101"]
 
 
-def test_differences_of_another_engine_version_are_none() -> None:
-    assert IDENTITY.differences(IDENTITY.model_copy(update={"engine_version": "2"})) == []
+@pytest.mark.parametrize("changes", [{"engine_version": "2"}, {"model": "moved"}, {"tokenizer": "elsewhere"}])
+def test_differences_of_another_release_or_place_are_none(changes: dict[str, str]) -> None:
+    assert IDENTITY.differences(IDENTITY.model_copy(update=changes)) == []
 
 
 def test_identity_survives_json() -> None:

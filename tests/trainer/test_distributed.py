@@ -21,17 +21,28 @@ from trainer.loop import train
 
 MakeSettings = Callable[..., TrainSettings]
 
-# Trains, and asks rank 1 alone to stop after STOP_STEP.
+# Trains, and asks rank STOP_RANK alone to stop after STOP_STEP. Fails if a wrapped student is still there when the
+# process group goes: freed later, it sometimes hung.
 SCRIPT = """
-import os, signal, sys
+import faulthandler, gc, os, signal, sys
+faulthandler.dump_traceback_later(90, exit=True)  # a hang shows where
+import torch.distributed
+from torch.nn.parallel import DistributedDataParallel
 from logitstore.settings import read_settings
 from trainer.config import TrainSettings
 from trainer.loop import train
 
 def stop(result):
     if os.environ.get("STOP_STEP") == str(result.step) and os.environ.get("RANK", "0") == os.environ["STOP_RANK"]:
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
 
+destroy = torch.distributed.destroy_process_group
+
+def check_and_destroy():
+    assert not any(isinstance(thing, DistributedDataParallel) for thing in gc.get_objects())
+    destroy()
+
+torch.distributed.destroy_process_group = check_and_destroy
 report = train(read_settings(TrainSettings, sys.argv[1]), on_step=stop)
 print("steps", report.steps, "interrupted", report.interrupted)
 """

@@ -44,7 +44,7 @@ def train_until(settings: TrainSettings, stop_step: int) -> TrainReport:
 
     def stop(result: StepResult) -> None:
         if result.step == stop_step:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
 
     return train(settings, on_step=stop)
 
@@ -249,7 +249,7 @@ def test_step_with_a_loss_that_is_not_finite_names_step_and_records_and_changes_
 ) -> None:
     run = prepare_run(make_settings(), Processes(rank=0, world_size=1, device=torch.device("cpu")))
     batch = next(run.stream)
-    run.stream.close()
+    run.close()
     with torch.no_grad():
         run.student.get_output_embeddings().weight[0, 0] = math.nan
     before = [parameter.detach().clone() for parameter in run.student.parameters()]

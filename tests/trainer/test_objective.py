@@ -82,6 +82,6 @@ def test_gradient_does_not_depend_on_the_micro_batches(
         run.student.double()
         accumulate_gradient(run, parts, 0.8, scale=1 / sum(counts))
         gradients.append([parameter.grad for parameter in run.student.parameters()])
-        run.stream.close()
+        run.close()
     for whole, cut in zip(*gradients, strict=True):
         torch.testing.assert_close(cut, whole, rtol=1e-9, atol=1e-12)

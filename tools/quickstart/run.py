@@ -49,21 +49,31 @@ class QuickstartResult:
     seconds: float
 
 
-def run_quickstart(folder: Path, *, console: Console, overwrite: bool = False, steps: int | None = None) -> QuickstartResult:
-    """Run the quickstart in a folder of its own.
+def run_quickstart(
+    folder: Path,
+    *,
+    console: Console,
+    overwrite: bool = False,
+    steps: int | None = None,
+    train_bytes: int = TRAIN_BYTES,
+    held_out_bytes: int = HELD_OUT_BYTES,
+) -> QuickstartResult:
+    """Run the quickstart in a folder of its own; one that was interrupted goes on where it stopped.
 
     Args:
         folder: made if it is not there.
         console: where the session is printed.
         overwrite: delete what an earlier quickstart left in the folder.
-        steps: of both students, for a shorter run.
+        steps: of both students, for a shorter run; what `train.yaml` says by default.
+        train_bytes, held_out_bytes: text to learn from and to evaluate on.
     Raises:
-        ConfigError: the folder is not empty and no earlier quickstart's, or it is one and `overwrite` is off.
+        ConfigError: the folder is not empty and no earlier quickstart's.
+        KeyboardInterrupt: somebody asked the training to stop; the same call goes on from there.
     """
     started = time.monotonic()
     _prepare_folder(folder, overwrite=overwrite)
     _title(console, 1, "Corpus", "source text of this interpreter's standard library")
-    documents = write_corpus(folder / "corpus", train_bytes=TRAIN_BYTES, held_out_bytes=HELD_OUT_BYTES)
+    documents = write_corpus(folder / "corpus", train_bytes=train_bytes, held_out_bytes=held_out_bytes)
     console.print(f"  {documents['train']} documents to learn from, {documents['held_out']} held out")
 
     _title(console, 2, "Capture", "two Ray actors run the teacher once and write its distributions")
@@ -116,10 +126,12 @@ def run_quickstart(folder: Path, *, console: Console, overwrite: bool = False, s
 def _prepare_folder(folder: Path, *, overwrite: bool) -> None:
     if folder.exists() and any(folder.iterdir()):
         if not (folder / MARKER).exists():
-            raise ConfigError(f"{folder}: expected an empty folder, found files that are not a quickstart's")
-        if not overwrite:
-            raise ConfigError(f"{folder}: holds an earlier quickstart; give --overwrite to replace it, or --folder")
-        shutil.rmtree(folder)
+            raise ConfigError(
+                f"{folder}: expected an empty folder, found files that are not a quickstart's; "
+                "choose another with --folder"
+            )
+        if overwrite:
+            shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARKER).touch()
 
@@ -149,11 +161,11 @@ def _train(folder: Path, name: str, loss: str, steps: int | None, console: Conso
         values["schedule"]["warmup_steps"] = min(values["schedule"]["warmup_steps"], steps // 2)
     settings = read_settings(TrainSettings, _write_settings(folder / f"train-{name}.yaml", values))
     started = time.monotonic()
-    positions: list[int] = []
     with console.status(f"  {name}") as status:
-        report = train(settings, on_step=_show_steps(status.update, name, settings.steps, positions))
+        report = train(settings, on_step=_show_steps(status.update, name, settings.steps))
     seconds = time.monotonic() - started
-    assert report.evaluation is not None
+    if report.evaluation is None:
+        raise KeyboardInterrupt
     console.print(
         f"  {name:10} {report.steps} steps, {report.positions:,} positions, {seconds:.0f} s, "
         f"{report.positions / seconds:,.0f} positions/s",
@@ -162,12 +174,10 @@ def _train(folder: Path, name: str, loss: str, steps: int | None, console: Conso
     return StudentResult(name=name, evaluation=report.evaluation, curves=read_curves(folder / name / "metrics.jsonl"))
 
 
-def _show_steps(
-    show: Callable[[str], None], name: str, steps: int, positions: list[int]
-) -> Callable[[StepResult], None]:
+def _show_steps(show: Callable[[str], None], name: str, steps: int) -> Callable[[StepResult], None]:
     def on_step(result: StepResult) -> None:
-        positions.append(result.positions)
-        show(f"  {name:10} step {result.step}/{steps}, cross-entropy {result.cross_entropy:.3f}, KL {result.bucket_kl:.3f}")
+        figures = f"cross-entropy {result.cross_entropy:.3f}, KL {result.bucket_kl:.3f}"
+        show(f"  {name:10} step {result.step}/{steps}, {figures}")
 
     return on_step
 
@@ -192,9 +202,11 @@ def _write_settings(path: Path, values: dict[str, Any]) -> Path:
 def _print_store(console: Console, store: LogitStore, capture: CaptureReport) -> None:
     statistics = store.compute_statistics()
     dense = store.plan.teacher.vocab_size * 2
+    figures = capture.figures
+    speed = f"{figures.positions_per_second:,.0f} positions/s" if figures.units_captured else "all captured before"
     console.print(
-        f"  {capture.figures.units_captured} units, {statistics.records:,} records, {statistics.positions:,} positions, "
-        f"{capture.figures.positions_per_second:,.0f} positions/s\n"
+        f"  {len(store.manifest.units)} units, {statistics.records:,} records, "
+        f"{statistics.positions:,} positions, {speed}\n"
         f"  {statistics.bytes / 1e6:.1f} MB: {statistics.bytes_per_position:.1f} bytes per position, tokens and all "
         f"(dense float16 logits: {dense:,})\n"
         f"  the teacher's own loss on this text: {statistics.teacher_loss:.3f} nats per token",

@@ -1,0 +1,58 @@
+"""What README says must be true: its settings load, its Python runs, its commands exist."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+
+import pytest
+import yaml
+from checkout import ROOT
+from typer.testing import CliRunner
+
+from cluster.settings import ClusterCaptureSettings
+from logitstore.settings import build_settings
+from tools.cli import app
+from trainer.config import TrainSettings
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def read_settings_block(name: str) -> object:
+    """The YAML that stands under a comment with its file name."""
+    match = re.search(rf"(?:^    .*\n|^\n)*?^    # {name}\n((?:    .*\n)+)", README, re.MULTILINE)
+    assert match, name
+    return yaml.safe_load(textwrap.dedent(match[1]))
+
+
+def test_readme_capture_settings_are_valid() -> None:
+    settings = build_settings(ClusterCaptureSettings, read_settings_block("capture.yaml"), where="README")
+    assert settings.method.k == 64
+
+
+def test_readme_train_settings_are_valid() -> None:
+    settings = build_settings(TrainSettings, read_settings_block("train.yaml"), where="README")
+    assert settings.loss.weight == 0.8
+
+
+def test_readme_python_runs_on_a_store(small_store_url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    [code] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(code.replace("runs/quickstart/store", small_store_url), {})
+    assert capsys.readouterr().out.startswith("60 0/0 corpus.jsonl@")
+
+
+def test_readme_commands_exist_and_have_their_options() -> None:
+    lines = re.findall(r"^\| `logitstore (\w+) ([^`]*)`", README, re.MULTILINE)
+    assert {verb for verb, _ in lines} >= {"plan", "capture", "status", "verify", "inspect", "train", "evaluate"}
+    for verb, arguments in lines:
+        result = CliRunner().invoke(app, [verb, "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"})
+        assert result.exit_code == 0, verb
+        for option in re.findall(r"--[a-z-]+", arguments):
+            assert option in result.output, (verb, option)
+
+
+def test_readme_names_every_folder_and_every_link_is_there() -> None:
+    for path in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / path).exists(), path
+    for folder in ("logitstore", "trainer", "cluster", "tools", "tests"):
+        assert f"| `{folder}/` |" in README

@@ -1,0 +1,221 @@
+"""`logitstore inspect` and `status`: what they say of whole, growing and damaged stores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from logitstore.store.commit import QuarantinedUnit, quarantine_unit
+from logitstore.store.files import StoreFiles
+from logitstore.store.logit_store import LogitStore
+
+TEXT = "def read(path):\n    return open(path).read()  # naïve\n"
+
+
+def list_shards(files: StoreFiles) -> list[Path]:
+    return sorted(Path(files.url, "data").iterdir())
+
+
+def test_inspect_json_counts_every_byte_of_the_store(build_store: Callable[..., LogitStore], logitstore: Any) -> None:
+    store = build_store()
+    found = logitstore.json("inspect", store.url)
+    on_disk = sum(path.stat().st_size for path in Path(store.url).rglob("*") if path.is_file())
+    positions = sum(record.num_positions for record in store)
+    assert (found["records"], found["positions"], found["manifest"]) == (len(store), positions, 1)
+    assert found["bytes"] == on_disk == sum(found["columns"].values()) + found["other_bytes"]
+    assert found["bytes_per_position"] == pytest.approx(on_disk / positions)
+    assert found["teacher"]["model"] == "made-up"
+    assert (found["method"]["k"], found["codec"], found["dead_letters"]) == (8, "float32", {})
+    assert set(found["columns"]) >= {"token_ids", "support_ids", "support_logprobs", "entropy"}
+
+
+def test_inspect_json_means_are_those_of_the_records(build_store: Callable[..., LogitStore], logitstore: Any) -> None:
+    store = build_store(sources=("train", "test"))
+    found = logitstore.json("inspect", store.url)
+    entropy = np.concatenate([record.signal.entropy for record in store]).astype(np.float64)
+    logprobs = np.concatenate([record.signal.next_token_logprob for record in store]).astype(np.float64)
+    tails = np.exp(np.concatenate([record.signal.tail_logprob for record in store]).astype(np.float64))
+    assert found["mean_entropy"] == pytest.approx(entropy.mean())
+    assert found["teacher_loss"] == pytest.approx(-logprobs.mean())
+    assert found["teacher_perplexity"] == pytest.approx(math.exp(-logprobs.mean()))
+    assert found["mean_tail_mass"] == pytest.approx(tails.mean())
+    assert found["mean_support"] == pytest.approx(sum(len(r.signal.support_ids) for r in store) / len(entropy))
+    assert sum(found["entropy_histogram"]) == sum(found["tail_histogram"]) == len(entropy)
+    assert [source["name"] for source in found["sources"]] == ["test", "train"]
+    assert sum(source["positions"] for source in found["sources"]) == len(entropy)
+
+
+def test_inspect_for_people_shows_costs_histograms_and_sources(
+    build_store: Callable[..., LogitStore], logitstore: Any
+) -> None:
+    store = build_store(sources=("train", "test"))
+    stdout, stderr = logitstore("inspect", store.url)
+    for part in ("made-up", "top-k, k = 8", "Where the bytes are", "support_logprobs", "perplexity", "█", "test"):
+        assert part in stdout
+    assert stderr == ""
+
+
+def test_inspect_growing_store_shows_what_no_manifest_lists_yet(growing_store: StoreFiles, logitstore: Any) -> None:
+    found = logitstore.json("inspect", growing_store.url)
+    assert (found["units"], found["units_planned"], found["records"]) == (3, 4, 60)
+    assert (found["manifest"], found["newer_units"]) == (None, 1)
+    assert found["dead_letters"] == {"empty": 1}
+    pinned = logitstore.json("inspect", growing_store.url, "--manifest", 1)
+    assert (pinned["units"], pinned["records"], pinned["manifest"], pinned["newer_units"]) == (2, 40, 1, 0)
+    assert "1 unit newer than the last manifest" in logitstore("inspect", growing_store.url)[0]
+
+
+def test_inspect_store_without_a_manifest_or_any_unit_works(growing_store: StoreFiles, logitstore: Any) -> None:
+    Path(growing_store.url, "manifest-000001.parquet").unlink()
+    assert logitstore.json("inspect", growing_store.url)["records"] == 60
+    for path in Path(growing_store.url, "commits").iterdir():
+        path.unlink()
+    assert logitstore.json("inspect", growing_store.url)["positions"] == 0
+    assert "0 of 4 committed" in logitstore("inspect", growing_store.url)[0]
+
+
+def test_inspect_missing_manifest_is_named_with_those_there_are(growing_store: StoreFiles, logitstore: Any) -> None:
+    _, stderr = logitstore("inspect", growing_store.url, "--manifest", 7, exit_code=2)
+    assert "expected manifest 7, found manifests [1]" in stderr
+
+
+@pytest.mark.parametrize("path", ["plan.json", "manifest-000001.parquet", "commits/0000002.json"])
+def test_inspect_damaged_store_ends_with_3_and_names_the_object(
+    path: str, growing_store: StoreFiles, logitstore: Any
+) -> None:
+    Path(growing_store.url, path).write_bytes(b"{ damaged")
+    stdout, stderr = logitstore("inspect", growing_store.url, "--json", exit_code=3)
+    assert stdout == ""
+    assert path in stderr
+
+
+def test_dead_letters_are_listed_with_unit_place_and_reason(growing_store: StoreFiles, logitstore: Any) -> None:
+    found = logitstore.json("inspect", growing_store.url, "--dead-letters")
+    [letter] = found["dead_letters"]
+    assert (letter["unit"], letter["reason"], letter["document_id"]) == (1, "empty", "/corpus/1.txt@17")
+    assert "line 2, byte 17" in logitstore("inspect", growing_store.url, "--dead-letters")[0]
+    assert found["counts"] == {"empty": 1}
+
+
+def test_record_in_text_reads_like_the_document(text_store: Callable[..., StoreFiles], logitstore: Any) -> None:
+    view = logitstore.json("inspect", text_store(TEXT).url, "--record", 0, "--positions", "0:", "--top", 3)
+    positions = view["positions"]
+    assert "".join(piece["text"] for piece in view["text"]) == TEXT
+    assert [piece["entropy"] for piece in view["text"][:3]] == [None, *(p["entropy"] for p in positions[:2])]
+    assert positions[0]["token"] + positions[0]["next_token"] == "def read"
+    assert len(positions) == view["num_positions"]
+    assert all(len(position["candidates"]) == 3 for position in positions)
+    sure = positions[1]
+    assert (sure["next_token_slot"], sure["candidates"][0]["is_next"]) == (0, True)
+    assert sure["next_token_probability"] == pytest.approx(sure["candidates"][0]["probability"])
+    assert sure["candidates"][0]["probability"] > 0.9
+    assert [position["is_taught"] for position in positions[:2]] == [False, True]
+
+
+def test_record_for_people_marks_what_came_next(text_store: Callable[..., StoreFiles], logitstore: Any) -> None:
+    stdout, _ = logitstore("inspect", text_store(TEXT).url, "--record", "0/0")
+    assert TEXT.splitlines()[0] in stdout
+    assert "read.py (tokens 0 to" in stdout
+    assert "from its token 5" in stdout
+    assert "▸" in stdout
+    assert "not taught" in stdout
+
+
+def test_record_without_its_tokenizer_shows_ids_and_says_why(
+    text_store: Callable[..., StoreFiles], logitstore: Any, teacher_folder: Path
+) -> None:
+    url = text_store(TEXT, model="/gone/teacher").url
+    view = logitstore.json("inspect", url, "--record", 0)
+    assert view["positions"][0]["token"] is None
+    assert "not on this machine" in view["tokenizer_trouble"]
+    assert str(view["positions"][0]["next_token_id"]) in logitstore("inspect", url, "--record", 0)[0]
+    named = logitstore.json("inspect", url, "--record", 0, "--tokenizer", teacher_folder)
+    assert named["positions"][0]["token"] is not None
+
+
+def test_record_with_another_tokenizer_shows_ids(text_store: Callable[..., StoreFiles], logitstore: Any) -> None:
+    view = logitstore.json("inspect", text_store(TEXT, tokenizer_fingerprint="0" * 64).url, "--record", 0)
+    assert view["tokenizer"] is None
+    assert "not the one that the store was captured with" in view["tokenizer_trouble"]
+
+
+@pytest.mark.parametrize("record", ["60", "3/0", "0/20"])
+def test_record_that_is_not_there_ends_with_2(record: str, growing_store: StoreFiles, logitstore: Any) -> None:
+    _, stderr = logitstore("inspect", growing_store.url, "--record", record, exit_code=2)
+    assert f"no record {record}" in stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--record", "first"], ["--record", "0", "--positions", "9:3"], ["--record", "0", "--positions", "a"]]
+)
+def test_record_asked_for_in_other_words_ends_with_2(
+    arguments: list[str], growing_store: StoreFiles, logitstore: Any
+) -> None:
+    _, stderr = logitstore("inspect", growing_store.url, *arguments, exit_code=2)
+    assert "expected" in stderr
+
+
+def test_record_with_damaged_bytes_ends_with_3(
+    growing_store: StoreFiles, logitstore: Any, flip: Callable[[Path, int], None]
+) -> None:
+    flip(list_shards(growing_store)[0], 100)
+    _, stderr = logitstore("inspect", growing_store.url, "--record", "0", exit_code=3)
+    assert "row group 0" in stderr
+
+
+def test_shard_by_itself_shows_header_and_columns(growing_store: StoreFiles, logitstore: Any) -> None:
+    path = list_shards(growing_store)[1]
+    shard = logitstore.json("inspect", path)
+    records = [record for record in LogitStore.open(growing_store.url, "live") if record.address.unit == 1]
+    assert (shard["header"]["unit"], shard["records"]) == (1, 20)
+    assert shard["positions"] == sum(record.num_positions for record in records)
+    assert shard["support_entries"] == sum(len(record.signal.support_ids) for record in records)
+    assert shard["bytes"] == path.stat().st_size
+    assert "next_token_logprob" in logitstore("inspect", path)[0]
+
+
+def test_shard_by_a_relative_name_is_found(
+    growing_store: StoreFiles, logitstore: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = list_shards(growing_store)[0]
+    monkeypatch.chdir(path.parent)
+    assert logitstore.json("inspect", path.name)["header"]["unit"] == 0
+
+
+@pytest.mark.parametrize("content", [b"", b"short", b"x" * 1000])
+def test_file_that_is_no_shard_ends_with_3(content: bytes, tmp_path: Path, logitstore: Any) -> None:
+    (tmp_path / "no.parquet").write_bytes(content)
+    _, stderr = logitstore("inspect", tmp_path / "no.parquet", exit_code=3)
+    assert "expected" in stderr
+
+
+def test_manifest_shown_as_a_shard_ends_with_3(growing_store: StoreFiles, logitstore: Any) -> None:
+    _, stderr = logitstore("inspect", f"{growing_store.url}/manifest-000001.parquet", exit_code=3)
+    assert "without its header" in stderr
+
+
+def test_status_of_a_growing_store_counts_units_and_changes_nothing(growing_store: StoreFiles, logitstore: Any) -> None:
+    before = {path: path.stat().st_mtime_ns for path in Path(growing_store.url).rglob("*")}
+    quarantine_unit(growing_store, QuarantinedUnit(unit=3, attempts=3, error="TeacherError: NaN"))
+    status = logitstore.json("status", growing_store.url)
+    assert (status["units_planned"], status["units_committed"], status["units_quarantined"]) == (4, 3, 1)
+    assert (status["units_left"], status["is_complete"]) == (0, False)
+    assert (status["manifest"], status["units_not_in_manifest"]) == (1, 1)
+    assert status["dead_letters"] == {"empty": 1}
+    assert status["records"] == 60
+    assert status["newest_commit_age_seconds"] >= 0
+    stdout, _ = logitstore("status", growing_store.url)
+    assert "TeacherError: NaN" in stdout
+    assert "--retry-quarantined" in stdout
+    after = {path: path.stat().st_mtime_ns for path in before}
+    assert {path for path in before if before[path] != after[path]} <= {Path(growing_store.url)}
+
+
+def test_status_of_a_whole_store_says_that_it_is_complete(small_store_url: str, logitstore: Any) -> None:
+    status = logitstore.json("status", small_store_url)
+    assert (status["is_complete"], status["units_left"], status["seconds_left"]) == (True, 0, None)
