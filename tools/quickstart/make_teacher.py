@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import json
 import math
+import platform
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -208,6 +209,47 @@ def train(work: Path, steps: int, sequences: int) -> LlamaForCausalLM:
     return model
 
 
+CARD = """# The quickstart's teacher
+
+A Llama of {parameters:,} parameters ({layers} layers of width {width}, {vocab_size} byte-level BPE ids, sequences of
+{length} tokens), stored in bfloat16. It is a teacher to try things with, not a model to use.
+
+- Held-out loss, as shipped: **{loss:.4f} nats per token**, {bits:.3f} bits per byte, on the library files that
+  `corpus.is_held_out` names ({held_out_files} here). The quickstart evaluates its students on some of these.
+- Training: {steps:,} steps of {sequences} sequences, {tokens:.1f} million tokens, by `tools/quickstart/make_teacher.py`.
+- Text, half of every batch each: source of the Python {python} standard library with its tests
+  ({library:.1f} million tokens), and Python source of the packages in the project's own environment, such as torch,
+  transformers and Ray ({extra:.1f} million tokens).
+
+The text is under the PSF licence and the packages' own permissive licences; none of it is shipped here. The weights
+are under Apache-2.0 like the rest of the project.
+"""
+
+
+def write_card(output: Path, work: Path, model: LlamaForCausalLM, *, steps: int, sequences: int, loss: float) -> None:
+    """Describe the finished teacher beside it, from what was measured."""
+    held_out = [text for path, text in read_sources(build_stdlib_root(), with_tests=True) if is_held_out(path)]
+    bytes_per_token = sum(len(text.encode()) for text in held_out) / len(np.load(work / "held_out.npy", mmap_mode="r"))
+    runs = {name: len(np.load(work / f"{name}.npy", mmap_mode="r")) / 1e6 for name in ("library", "extra")}
+    card = CARD.format(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        layers=model.config.num_hidden_layers,
+        width=model.config.hidden_size,
+        vocab_size=VOCAB_SIZE,
+        length=SEQUENCE_LENGTH,
+        steps=steps,
+        sequences=sequences,
+        tokens=steps * sequences * SEQUENCE_LENGTH / 1e6,
+        python=platform.python_version(),
+        library=runs["library"],
+        extra=runs["extra"],
+        loss=loss,
+        bits=loss / math.log(2) / bytes_per_token,
+        held_out_files=len(held_out),
+    )
+    (output / "README.md").write_text(card, encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/teacher"), help="tokens and checkpoints")
@@ -222,6 +264,14 @@ def main() -> None:
     held_out_loss = evaluate(model, np.load(arguments.work / "held_out.npy", mmap_mode="r"), sequences=512)
     model.save_pretrained(arguments.output)
     PreTrainedTokenizerFast.from_pretrained(arguments.work / "tokenizer").save_pretrained(arguments.output)
+    write_card(
+        arguments.output,
+        arguments.work,
+        model,
+        steps=arguments.steps,
+        sequences=arguments.sequences,
+        loss=held_out_loss,
+    )
     print(json.dumps({"held_out_loss_bf16": round(held_out_loss, 4)}))
 
 
