@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -83,7 +84,7 @@ def describe_report(report: TrainReport) -> dict[str, object]:
         "positions": report.positions,
         "interrupted": report.interrupted,
         "student": None if report.student is None else str(report.student),
-        "evaluation": None if report.evaluation is None else report.evaluation.list_scalars(),
+        "evaluation": None if report.evaluation is None else asdict(report.evaluation),
     }
 
 

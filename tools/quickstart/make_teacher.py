@@ -216,8 +216,9 @@ A Llama of {parameters:,} parameters ({layers} layers of width {width}, {vocab_s
 
 - Held-out loss, as shipped: **{loss:.4f} nats per token**, {bits:.3f} bits per byte, on the library files that
   `corpus.is_held_out` names ({held_out_files} here). The quickstart evaluates its students on some of these.
-- Training: {steps:,} steps of {sequences} sequences, {tokens:.1f} million tokens, by `tools/quickstart/make_teacher.py`.
-- Text, half of every batch each: source of the Python {python} standard library with its tests
+- Training: {steps:,} steps of {sequences} sequences, {tokens:.1f} million tokens, by
+  `tools/quickstart/make_teacher.py`.
+- Text, half of every batch each: source of the Python {python} standard library, tests included
   ({library:.1f} million tokens), and Python source of the packages in the project's own environment, such as torch,
   transformers and Ray ({extra:.1f} million tokens).
 

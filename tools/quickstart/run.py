@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +21,9 @@ from logitstore.store.files import StoreFiles
 from logitstore.store.logit_store import LogitStore
 from logitstore.store.verify import verify_store
 from tools.quickstart.corpus import write_corpus
-from tools.report import Curve, ReportData, StudentResult, build_report
-from trainer.config import TrainSettings
+from tools.quickstart.students import train_students
+from tools.report import ReportData, build_report
 from trainer.evaluate import Evaluation
-from trainer.loop import train
-from trainer.progress import StepResult
 
 HERE = Path(__file__).parent
 TEACHER = HERE / "teacher"
@@ -69,6 +65,7 @@ def run_quickstart(
     Raises:
         ConfigError: the folder is not empty and no earlier quickstart's.
         KeyboardInterrupt: somebody asked the training to stop; the same call goes on from there.
+        TrainingError: a student's training failed.
     """
     started = time.monotonic()
     _prepare_folder(folder, overwrite=overwrite)
@@ -88,8 +85,12 @@ def run_quickstart(
     console.print(f"  {verification.units} units, {verification.positions:,} positions: all as committed")
 
     _title(console, 4, "Train", "two students, same initial weights, same batches, no teacher in sight")
-    text_only = _train(folder, "text-only", "cross_entropy", steps, console)
-    distilled = _train(folder, "distilled", "bucket_kl", steps, console)
+    kinds = {"text-only": "cross_entropy", "distilled": "bucket_kl"}
+    text_only, distilled = train_students(
+        {name: _write_training(folder, name, kind, steps) for name, kind in kinds.items()},
+        {name: folder / name for name in kinds},
+        console,
+    )
 
     _title(console, 5, "Result", f"on {distilled.evaluation.positions:,} held-out positions")
     console.print(build_table(text_only.evaluation, distilled.evaluation))
@@ -151,7 +152,7 @@ def _capture(folder: Path) -> CaptureReport:
         return run_capture(read_settings(ClusterCaptureSettings, path))
 
 
-def _train(folder: Path, name: str, loss: str, steps: int | None, console: Console) -> StudentResult:
+def _write_training(folder: Path, name: str, loss: str, steps: int | None) -> Path:
     values = yaml.safe_load((HERE / "train.yaml").read_text(encoding="utf-8"))
     values["store"] = str(folder / "store")
     values["output"] = str(folder / name)
@@ -159,39 +160,7 @@ def _train(folder: Path, name: str, loss: str, steps: int | None, console: Conso
     if steps is not None:
         values["steps"] = steps
         values["schedule"]["warmup_steps"] = min(values["schedule"]["warmup_steps"], steps // 2)
-    settings = read_settings(TrainSettings, _write_settings(folder / f"train-{name}.yaml", values))
-    started = time.monotonic()
-    with console.status(f"  {name}") as status:
-        report = train(settings, on_step=_show_steps(status.update, name, settings.steps))
-    seconds = time.monotonic() - started
-    if report.evaluation is None:
-        raise KeyboardInterrupt
-    console.print(
-        f"  {name:10} {report.steps} steps, {report.positions:,} positions, {seconds:.0f} s, "
-        f"{report.positions / seconds:,.0f} positions/s",
-        highlight=False,
-    )
-    return StudentResult(name=name, evaluation=report.evaluation, curves=read_curves(folder / name / "metrics.jsonl"))
-
-
-def _show_steps(show: Callable[[str], None], name: str, steps: int) -> Callable[[StepResult], None]:
-    def on_step(result: StepResult) -> None:
-        figures = f"cross-entropy {result.cross_entropy:.3f}, KL {result.bucket_kl:.3f}"
-        show(f"  {name:10} step {result.step}/{steps}, {figures}")
-
-    return on_step
-
-
-def read_curves(path: Path) -> tuple[Curve, ...]:
-    """Every figure of a metrics file as a curve over steps."""
-    points: dict[str, list[tuple[int, float]]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        values: dict[str, Any] = json.loads(line)
-        step = values.pop("step")
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                points.setdefault(name, []).append((step, float(value)))
-    return tuple(Curve(name=name, points=tuple(pairs)) for name, pairs in points.items())
+    return _write_settings(folder / f"train-{name}.yaml", values)
 
 
 def _write_settings(path: Path, values: dict[str, Any]) -> Path:
