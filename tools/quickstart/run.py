@@ -15,7 +15,7 @@ from rich.table import Table
 from cluster.connection import connect
 from cluster.driver import CaptureReport, run_capture
 from cluster.settings import ClusterCaptureSettings
-from logitstore.errors import ConfigError, CorruptShardError
+from logitstore.errors import CaptureError, ConfigError, CorruptShardError
 from logitstore.settings import read_settings
 from logitstore.store.files import StoreFiles
 from logitstore.store.logit_store import LogitStore
@@ -64,6 +64,7 @@ def run_quickstart(
         train_bytes, held_out_bytes: text to learn from and to evaluate on.
     Raises:
         ConfigError: the folder is not empty and no earlier quickstart's.
+        IncompatibleStoreError: it is one of another Python or another logitstore; `overwrite` replaces it.
         KeyboardInterrupt: somebody asked the training to stop; the same call goes on from there.
         TrainingError: a student's training failed.
     """
@@ -125,6 +126,8 @@ def run_quickstart(
 
 
 def _prepare_folder(folder: Path, *, overwrite: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder}: expected a folder, found a file; choose another with --folder")
     if folder.exists() and any(folder.iterdir()):
         if not (folder / MARKER).exists():
             raise ConfigError(
@@ -149,7 +152,12 @@ def _capture(folder: Path) -> CaptureReport:
     values["corpus"]["sources"] = {name: [str(folder / "corpus" / f"{name}.jsonl")] for name in sources}
     path = _write_settings(folder / "capture.yaml", values)
     with connect(None, num_cpus=2):
-        return run_capture(read_settings(ClusterCaptureSettings, path))
+        report = run_capture(read_settings(ClusterCaptureSettings, path))
+    if report.quarantined_units:
+        raise CaptureError(
+            f"{values['store']}: units {report.quarantined_units} were set aside; run 'logitstore status'"
+        )
+    return report
 
 
 def _write_training(folder: Path, name: str, loss: str, steps: int | None) -> Path:
