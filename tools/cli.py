@@ -19,7 +19,7 @@ import tools.verify
 from tools.endings import Verbs
 from tools.logs import Quiet, Verbose, set_up_logs
 
-_QUICK_STEPS = 40
+_QUICK_STEPS = 100
 
 app = typer.Typer(
     name="logitstore",
