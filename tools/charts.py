@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 _WIDTH, _HEIGHT = 460, 260
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 30, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 22, 42, 40
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""`logitstore gc`: delete shards that no commit and no manifest names."""
+"""`logitstore gc`: delete shards that no commit and no manifest names, and what killed writes left behind."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import typer
 from tools.logs import Quiet, Verbose, set_up_logs
 
 if TYPE_CHECKING:
-    from logitstore.store.files import StoredFile, StoreFiles
+    from logitstore.store.files import StoreFiles
+    from logitstore.store.garbage import Garbage
 
 
 def command(
@@ -22,7 +23,7 @@ def command(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """List shards that nothing refers to.
+    """List shards that nothing refers to, and unfinished writes.
 
     Attempts that were killed or lost a race leave them behind. They are deleted only if you ask for it.
 
@@ -39,30 +40,29 @@ def command(
     garbage = run_gc(files, grace_hours=grace_hours, delete=delete)
     num_bytes = sum(file.bytes for file in garbage)
     if as_json:
-        listed = [{"path": f"data/{file.name}", "bytes": file.bytes} for file in garbage]
+        listed = [{"path": file.path, "bytes": file.bytes} for file in garbage]
         print_json({"store": files.url, "deleted": delete, "files": listed, "bytes": num_bytes})
         return
     if not garbage:
         print_result(f"{files.url}: nothing to delete that is older than {grace_hours:g} hours.")
         return
     count = "1 file" if len(garbage) == 1 else f"{len(garbage):,} files"
-    rows = [(f"data/{file.name}", format_bytes(file.bytes)) for file in garbage]
+    rows = [(file.path, format_bytes(file.bytes)) for file in garbage]
     done = "Deleted" if delete else "Nothing was deleted; add --delete to delete"
     print_result(
         build_table(None, ["file that nothing refers to", "#size"], rows), f"{done} {count}, {format_bytes(num_bytes)}."
     )
 
 
-def run_gc(files: StoreFiles, *, grace_hours: float, delete: bool) -> list[StoredFile]:
-    """The shards that nothing refers to and that are older than the grace period, deleted if asked.
+def run_gc(files: StoreFiles, *, grace_hours: float, delete: bool) -> list[Garbage]:
+    """What nothing refers to and is older than the grace period, deleted if asked.
 
     Raises:
         StoreNotFoundError: there is no store.
+        CorruptShardError: a damaged manifest or commit has to be repaired first.
     """
-    from logitstore.store.plan import read_plan
-    from logitstore.store.verify import delete_garbage, find_garbage
+    from logitstore.store.garbage import delete_garbage, find_garbage
 
-    read_plan(files)  # an address without a store is an error, not an empty answer
     garbage = find_garbage(files, grace_seconds=3600 * grace_hours)
     if delete:
         delete_garbage(files, garbage)

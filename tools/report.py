@@ -26,7 +26,7 @@ table { border-collapse: collapse; width: 100%; } caption { text-align: left; pa
 th, td { text-align: right; padding: .35rem .7rem; border-bottom: 1px solid var(--line);
   font-variant-numeric: tabular-nums; }
 th:first-child { text-align: left; font-weight: 500; } td.best { font-weight: 700; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(22rem, 1fr)); gap: 1.2rem; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(22rem, 1fr)); gap: 1.2rem; }
 svg { width: 100%; height: auto; } svg text { fill: var(--soft); font: 11px system-ui, sans-serif; }
 svg .title { fill: var(--ink); font-weight: 600; font-size: 13px; } svg .grid { stroke: var(--line); }
 svg polyline { fill: none; stroke-width: 2; } .s0 { stroke: var(--s0); } .s1 { stroke: var(--s1); }

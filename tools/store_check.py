@@ -7,7 +7,8 @@ from collections.abc import Callable
 from logitstore.settings import Settings
 from logitstore.store.files import StoreFiles
 from logitstore.store.manifest import list_manifests
-from logitstore.store.verify import Problem, repair_store, verify_store
+from logitstore.store.repair import repair_store
+from logitstore.store.verify import Problem, verify_store
 
 
 class FoundProblem(Settings):
@@ -27,6 +28,7 @@ class StoreCheck(Settings):
         is_quick: whether shards were left unread.
         is_clean: whether nothing was wrong.
         units, units_planned: committed, and planned.
+        quarantined: units set aside after too many failures; the store is without them.
         records, positions, bytes: of the units that were found right.
         problems: what was wrong.
         is_repaired: whether a repair was asked for and needed.
@@ -40,6 +42,7 @@ class StoreCheck(Settings):
     is_clean: bool
     units: int
     units_planned: int
+    quarantined: int
     records: int
     positions: int
     bytes: int
@@ -80,6 +83,7 @@ def run_verify(
         is_clean=verification.is_clean,
         units=verification.units,
         units_planned=verification.units_planned,
+        quarantined=verification.quarantined,
         records=verification.records,
         positions=verification.positions,
         bytes=verification.bytes,

@@ -58,13 +58,14 @@ def render_check(check: StoreCheck) -> list[RenderableType]:
 
     from tools.look import build_facts, format_bytes, format_count
 
+    set_aside = f"; {format_count(check.quarantined)} set aside after too many failures" if check.quarantined else ""
     read = "commits, sizes and manifests; no shard was read" if check.is_quick else "every byte of every shard"
     parts: list[RenderableType] = [
         build_facts(
             [
                 ("store", check.store),
                 ("looked at", read),
-                ("units", f"{format_count(check.units)} of {format_count(check.units_planned)} committed"),
+                ("units", f"{format_count(check.units)} of {format_count(check.units_planned)} committed{set_aside}"),
                 ("found right", f"{format_count(check.records)} records, {format_count(check.positions)} positions"),
                 ("", f"{format_bytes(check.bytes)} of shards"),
             ]

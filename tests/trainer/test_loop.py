@@ -49,6 +49,25 @@ def train_until(settings: TrainSettings, stop_step: int) -> TrainReport:
     return train(settings, on_step=stop)
 
 
+def run_killed_at(settings: TrainSettings, step: int) -> None:
+    """Train in a process that gets SIGKILL right after a step, before its checkpoint."""
+    script = (
+        "import os, signal, sys\n"
+        "from trainer.config import TrainSettings\n"
+        "from trainer.loop import train\n"
+        "train(TrainSettings.model_validate_json(sys.argv[1]), "
+        "on_step=lambda result: result.step == int(sys.argv[2]) and os.kill(os.getpid(), signal.SIGKILL))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, settings.model_dump_json(), str(step)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-3000:]
+
+
 @pytest.fixture(scope="module")
 def finished(
     make_settings_in: MakeSettings, tmp_path_factory: pytest.TempPathFactory
@@ -92,21 +111,7 @@ def test_run_killed_and_resumed_equals_the_run_that_never_stopped_bit_for_bit(
     """SIGKILL at step 5, after the checkpoint of step 4 and in the middle of a window of metrics."""
     settings, report = finished
     killed = settings.model_copy(update={"output": str(tmp_path / "killed"), "checkpoint_every": 2, "log_every": 1})
-    script = (
-        "import os, signal, sys\n"
-        "from trainer.config import TrainSettings\n"
-        "from trainer.loop import train\n"
-        "train(TrainSettings.model_validate_json(sys.argv[1]), "
-        "on_step=lambda result: result.step == 5 and os.kill(os.getpid(), signal.SIGKILL))\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, killed.model_dump_json()],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-3000:]
+    run_killed_at(killed, 5)
     steps: list[int] = []
     resumed = train(killed, on_step=lambda result: steps.append(result.step))
     assert steps == [5, 6, 7, 8]
@@ -116,6 +121,25 @@ def test_run_killed_and_resumed_equals_the_run_that_never_stopped_bit_for_bit(
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
     lines = read_lines(tmp_path / "killed/metrics.jsonl")
     assert [line["step"] for line in lines if "train/loss" in line] == list(range(1, 9))
+
+
+@pytest.mark.slow
+def test_forty_steps_equal_twenty_killed_and_twenty_resumed_bit_for_bit(
+    make_settings_in: MakeSettings, tmp_path: Path
+) -> None:
+    whole = make_settings_in(tmp_path / "whole", steps=40, log_records=True)
+    report = train(whole)
+    halves = whole.model_copy(update={"output": str(tmp_path / "halves"), "checkpoint_every": 20})
+    run_killed_at(halves, 21)  # in the step after the checkpoint
+    steps: list[int] = []
+    resumed = train(halves, on_step=lambda result: steps.append(result.step))
+    assert steps == list(range(21, 41))
+    assert report.student is not None
+    assert resumed.student is not None
+    weights, expected = read_weights(resumed.student), read_weights(report.student)
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    records = [read_lines(Path(run.output) / "records-rank0.jsonl") for run in (whole, halves)]
+    assert records[0] == records[1]
 
 
 def test_run_with_another_seed_is_another_run(finished: tuple[TrainSettings, TrainReport], tmp_path: Path) -> None:
