@@ -31,7 +31,7 @@ svg { width: 100%; height: auto; } svg text { fill: var(--soft); font: 11px syst
 svg .title { fill: var(--ink); font-weight: 600; font-size: 13px; } svg .grid { stroke: var(--line); }
 svg polyline { fill: none; stroke-width: 2; } .s0 { stroke: var(--s0); } .s1 { stroke: var(--s1); }
 circle.s0 { fill: var(--s0); } circle.s1 { fill: var(--s1); } .faint { stroke: var(--soft); stroke-dasharray: 4 4; }
-svg .bar { fill: var(--bar); }
+svg .bar { fill: var(--bar); } circle.faint { display: none; }
 """
 _ROWS = (
     ("KL to the teacher, nats", "bucket_kl", ".4f", False),
