@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+from dataclasses import dataclass
 
 import ray
 from ray.util.metrics import Counter
@@ -13,6 +15,15 @@ from logitstore.store.files import StoreFiles
 from logitstore.store.plan import read_plan
 from logitstore.teacher.loading import load_teacher
 from logitstore.teacher.protocol import Teacher, TeacherIdentity
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedTeacher:
+    """Who an actor has loaded, and where."""
+
+    identity: TeacherIdentity
+    host: str
+    process: int
 
 
 @ray.remote(max_restarts=-1, max_task_retries=0)
@@ -28,9 +39,10 @@ class CaptureActor:
         self._units = Counter("logitstore_units", "Units committed", tag_keys=labels)
         self._dead_letters = Counter("logitstore_dead_letters", "Documents that could not be used", tag_keys=labels)
 
-    def load(self) -> tuple[TeacherIdentity, int]:
-        """Load the teacher; returns who it is, and this process's id."""
-        return self._load_teacher().identity, os.getpid()
+    def load(self) -> LoadedTeacher:
+        """Load the teacher, or say again that it is loaded."""
+        identity = self._load_teacher().identity
+        return LoadedTeacher(identity=identity, host=socket.gethostname(), process=os.getpid())
 
     def capture(self, unit: int, attempt: str) -> Receipt:
         """Capture one unit of the store's plan and commit it; see `UnitCapture.capture`."""
@@ -46,8 +58,9 @@ class CaptureActor:
         receipt = self._capture.capture(unit, attempt)
         if receipt.outcome == "won":
             tags = {"store": self._settings.store}
-            self._positions.inc(max(1, receipt.positions), tags)
             self._units.inc(1, tags)
+            if receipt.positions:
+                self._positions.inc(receipt.positions, tags)
             if receipt.dead_letters:
                 self._dead_letters.inc(receipt.dead_letters, tags)
         return receipt

@@ -13,6 +13,8 @@ import ray
 
 from logitstore.errors import OutsideError
 
+# A resource that only a cluster has which `connect` started: no machine will ever join it.
+PRIVATE_CLUSTER = "logitstore_private"
 _REACH_SECONDS = 10.0
 
 
@@ -30,12 +32,15 @@ def connect(address: str | None, *, num_cpus: int | None = None) -> Iterator[Non
         yield
         return
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Of calls that nobody asks about any more, because the capture has ended: Ray would print their tracebacks.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     try:
         if address is None:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a laptop's private cluster reports to nobody
             ray.init(
                 address="local",
                 num_cpus=num_cpus,
+                resources={PRIVATE_CLUSTER: 1.0},
                 include_dashboard=False,
                 logging_level=logging.ERROR,
                 log_to_driver=False,

@@ -1,81 +1,43 @@
 """The capture driver: a queue of units, a pool of actors, and no state that a rerun would miss.
 
 Every fact that must survive is a commit or a quarantine record in the store, so the driver may die at any line: run it
-again and it lists what is committed and goes on with the rest. What an actor's end costs:
+again and it lists what is committed and goes on with the rest. What trouble costs (the numbers are in `unit_queue.py`):
 
-- the actor, its node or the machine is gone: its units go back to the front of the queue, for free;
+- an actor, its node or the machine is gone: its units go back to the front of the queue, for free;
 - the teacher failed on a unit: the unit is tried again, elsewhere if possible, and set aside after `tries` failures;
-- the storage failed: the unit waits and is tried again; only storage that stays broken ends the capture.
+- an actor fails again and again: its process is restarted; one that cannot load any more is dropped;
+- the storage failed: the unit waits and is tried again; only storage that stays broken for all ends the capture.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections import Counter, deque
-from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
-from cluster.actor import CaptureActor
+from cluster.actor import LoadedTeacher
+from cluster.failures import ActorFailure, read_failure
+from cluster.placement import build_demand, check_placeable, count_actors, describe_nodes, read_nodes
+from cluster.pool import ActorPool, EndedCall, Slot
 from cluster.progress import CaptureFigures, CaptureProgress
-from cluster.settings import ClusterCaptureSettings
+from cluster.report import CaptureReport, build_report, read_standing, report_finished_capture
+from cluster.settings import ClusterCaptureSettings, make_paths_absolute
+from cluster.unit_queue import QueueLimits, UnitQueue, Verdict
 from logitstore.capture import Receipt, build_plan
 from logitstore.errors import CaptureError, IncompatibleStoreError, LogitStoreError, OutsideError
-from logitstore.store.commit import (
-    COMMITS,
-    QUARANTINE,
-    Outcome,
-    QuarantinedUnit,
-    build_attempt,
-    build_quarantine_path,
-    list_units,
-    quarantine_unit,
-)
+from logitstore.store.commit import Outcome, QuarantinedUnit, build_attempt, build_quarantine_path, quarantine_unit
 from logitstore.store.files import StoreFiles
-from logitstore.store.manifest import write_manifest
 from logitstore.store.plan import StorePlan, create_plan
-from logitstore.teacher.protocol import TeacherIdentity
+
+__all__ = ["CaptureReport", "report_finished_capture", "run_capture"]
 
 _LOG = logging.getLogger("logitstore.capture")
-# A unit that takes this many actors down with it is the cause, not the victim.
-_ACTORS_A_UNIT_MAY_KILL = 6
-_STORAGE_TRIES = 8
 _LOAD_TRIES = 4
-_REST_SECONDS = 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class CaptureReport:
-    """What one run of a capture did, and where the store stands after it."""
-
-    figures: CaptureFigures
-    manifest_number: int | None
-    quarantined_units: tuple[int, ...]
-
-
-@dataclass(kw_only=True, eq=False)
-class _Slot:
-    """One actor, what it has been sent, and when it may be sent more."""
-
-    actor: Any
-    in_flight: int = 0
-    is_ready: bool = False
-    is_loading: bool = False
-    load_failures: int = 0
-    rests_until: float = 0.0
-
-
-@dataclass(kw_only=True)
-class _Queue:
-    """Units still to do, and what has gone wrong with each."""
-
-    pending: deque[int] = field(default_factory=deque)
-    failures: Counter[int] = field(default_factory=Counter)
-    actors_killed: Counter[int] = field(default_factory=Counter)
-    storage_failures: int = 0
+_WAIT_SECONDS = 1.0
+_SECONDS_BETWEEN_WARNINGS = 30.0
 
 
 def run_capture(
@@ -83,224 +45,241 @@ def run_capture(
 ) -> CaptureReport:
     """Capture whatever of the corpus is not in the store yet. Call inside `cluster.connection.connect`.
 
+    With nothing left to do no actor is started, and the teacher's weights are not compared with the plan's.
+
     Args:
-        settings: the capture.
+        settings: the capture. Local paths of store and teacher may be relative to this process's folder.
         retry_quarantined: try units again that an earlier run set aside.
         quiet: no progress on stderr.
     Raises:
         IncompatibleStoreError: the store was made with other settings, or by another teacher.
-        TeacherError, ConfigError: the teacher cannot be loaded, or a setting does not fit it.
-        OutsideError: storage or cluster stayed broken; what is committed stays.
+        TeacherError, ConfigError: the teacher cannot be loaded, a setting does not fit it, no machine has what an
+            actor asks for, or an actor's machine does not see corpus or store.
+        CaptureError: nothing could be captured; the message has the first failure.
+        OutsideError: storage or cluster stayed broken; what is committed stays, and is in a manifest if possible.
     """
-    return _Driver(settings, quiet=quiet).run(retry_quarantined=retry_quarantined)
+    settings = make_paths_absolute(settings)
+    finished = report_finished_capture(settings, retry_quarantined=retry_quarantined)
+    if finished is not None:
+        return finished
+    try:
+        return _Driver(settings, quiet=quiet).run(retry_quarantined=retry_quarantined)
+    except (RayError, ConnectionError) as error:
+        raise OutsideError(
+            f"Ray: expected a working cluster, found {type(error).__name__}: {error}; look at the cluster, then run "
+            "the command again"
+        ) from error
 
 
 class _Driver:
+    _pool: ActorPool
+    _plan: StorePlan
+
     def __init__(self, settings: ClusterCaptureSettings, *, quiet: bool) -> None:
         self._settings = settings
         self._files = StoreFiles(settings.store, settings.storage_options)
         self._figures = CaptureFigures()
         self._progress = CaptureProgress(self._figures, quiet=quiet)
-        self._slots: list[_Slot] = []
-        self._tasks: dict[Any, tuple[_Slot, int | None]] = {}
-        self._queue = _Queue()
-        self._plan: StorePlan | None = None
+        self._identity_of: LoadedTeacher | None = None
+        self._queue = UnitQueue([], QueueLimits())
+        self._first_failure: ActorFailure | None = None
+        self._retried: frozenset[int] = frozenset()
+        self._next_warning = time.monotonic() + _SECONDS_BETWEEN_WARNINGS
 
     def run(self, *, retry_quarantined: bool) -> CaptureReport:
-        self._slots = [_Slot(actor=self._start_actor()) for _ in range(self._count_actors())]
+        nodes = read_nodes()
+        self._demand = build_demand(self._settings.actors, nodes)
+        check_placeable(self._demand, nodes)
+        self._pool = ActorPool(self._settings, self._demand, count_actors(self._settings.actors, self._demand, nodes))
         try:
             with self._progress:
-                self._plan = create_plan(self._files, build_plan(self._settings, self._load_first()))
-                self._fill_queue(self._plan, retry_quarantined=retry_quarantined)
-                while self._queue.pending or self._has_units_in_flight():
-                    self._feed()
-                    self._collect(timeout=1.0)
-                    self._progress.update()
+                first = self._load_first()
+                self._plan = create_plan(self._files, build_plan(self._settings, first.identity))
+                self._fill_queue(retry_quarantined=retry_quarantined)
+                self._capture_units()
+        except (LogitStoreError, RayError):
+            self._save_manifest()
+            raise
         finally:
-            for slot in self._slots:
-                self._release(slot)
-        manifest = write_manifest(self._files, self._plan.compute_fingerprint())
-        quarantined = tuple(list_units(self._files, QUARANTINE))
-        return CaptureReport(figures=self._figures, manifest_number=manifest.number, quarantined_units=quarantined)
+            self._pool.close()
+        return build_report(self._files, self._plan, self._figures)
 
-    def _count_actors(self) -> int:
-        wanted = self._settings.actors
-        if wanted.count is not None:
-            return wanted.count
-        total = ray.cluster_resources()
-        gpus = total.get("GPU", 0.0)
-        per_actor = gpus / (wanted.gpus or 1.0) if gpus else total.get("CPU", 1.0) / (wanted.cpus or 2.0)
-        return max(1, int(per_actor))
-
-    def _start_actor(self) -> Any:
-        wanted = self._settings.actors
-        has_gpus = ray.cluster_resources().get("GPU", 0.0) > 0
-        cpus = wanted.cpus if wanted.cpus is not None else min(2.0, ray.cluster_resources().get("CPU", 1.0))
-        gpus = wanted.gpus if wanted.gpus is not None else float(has_gpus)
-        actor_class: Any = CaptureActor
-        return actor_class.options(num_cpus=cpus, num_gpus=gpus).remote(self._settings)
-
-    def _load_first(self) -> TeacherIdentity:
+    def _load_first(self) -> LoadedTeacher:
         """Let every actor load; the first teacher that is there says who it is."""
-        while True:
-            self._feed()
-            self._collect(timeout=1.0)
-            for slot in self._slots:
-                if slot.is_ready:
-                    return ray.get(slot.actor.load.remote())[0]  # type: ignore[no-any-return]
+        while self._identity_of is None:
+            self._step()
+        return self._identity_of
 
-    def _fill_queue(self, plan: StorePlan, *, retry_quarantined: bool) -> None:
-        units = range(len(plan.build_unit_table()))
-        committed = set(list_units(self._files, COMMITS))
-        quarantined = set(list_units(self._files, QUARANTINE))
-        if retry_quarantined:
-            for unit in quarantined:
-                self._files.delete(build_quarantine_path(unit))
-            quarantined = set()
-        self._queue.pending.extend(unit for unit in units if unit not in committed and unit not in quarantined)
-        self._figures.units_planned = len(units)
-        self._figures.units_before = len(committed & set(units))
-        self._figures.quarantined = len(quarantined)
-        _LOG.info("%d units planned, %d committed, %d to do", len(units), len(committed), len(self._queue.pending))
+    def _fill_queue(self, *, retry_quarantined: bool) -> None:
+        standing = read_standing(self._files, self._plan)
+        to_do = standing.list_to_do(retry_quarantined=retry_quarantined)
+        self._retried = standing.quarantined if retry_quarantined else frozenset()
+        self._queue = UnitQueue(to_do, QueueLimits(tries=self._settings.actors.tries))
+        for slot in self._pool.slots:
+            if slot.is_ready:
+                self._queue.admit(slot.number)
+        standing.fill_figures(self._figures, retry_quarantined=retry_quarantined)
+        figures = self._figures
+        _LOG.info("%d units planned, %d committed, %d to do", figures.units_planned, figures.units_before, len(to_do))
 
-    def _has_units_in_flight(self) -> bool:
-        return any(unit is not None for _, unit in self._tasks.values())
+    def _capture_units(self) -> None:
+        while self._queue.has_units:
+            self._step()
+            self._figures.actors_ready = self._pool.num_ready
+            self._progress.update()
 
-    def _feed(self) -> None:
-        """Give every rested actor work: loading first, then units."""
+    def _save_manifest(self) -> None:
+        """So that what is captured can be read although the capture ends in an error."""
+        if self._figures.units_captured:
+            try:
+                build_report(self._files, self._plan, self._figures)
+            except LogitStoreError as error:
+                _LOG.warning("no manifest was written: %s", error)
+
+    def _step(self) -> None:
+        """Give every rested actor work, loading first, then units; take in whatever has ended."""
         now = time.monotonic()
-        for slot in self._slots:
+        for slot in self._pool.slots:
             if slot.rests_until > now:
                 continue
-            if not slot.is_ready:
-                if not slot.is_loading:
-                    slot.is_loading = True
-                    self._tasks[slot.actor.load.remote()] = slot, None
-                continue
-            while self._queue.pending and slot.in_flight < self._settings.actors.units_in_flight:
-                unit = self._queue.pending.popleft()
-                slot.in_flight += 1
-                self._tasks[slot.actor.capture.remote(unit, build_attempt())] = slot, unit
-        if self._plan is not None and not self._queue.pending:
-            idle = [slot for slot in self._slots if slot.in_flight == 0]
-            for slot in idle if self._has_units_in_flight() else []:
-                self._release(slot)  # nothing left for it: its machine may go
-
-    def _collect(self, timeout: float) -> None:
-        """Take in whatever has ended."""
-        if not self._tasks:
-            time.sleep(min(timeout, _REST_SECONDS))  # every actor rests
-            return
-        done, _ = ray.wait(list(self._tasks), num_returns=1, timeout=timeout)
-        more, _ = ray.wait(list(self._tasks), num_returns=len(self._tasks), timeout=0)
-        for task in dict.fromkeys([*done, *more]):
-            slot, unit = self._tasks.pop(task)
-            if unit is None:
-                self._end_load(slot, task)
+            if not slot.is_ready and not slot.is_loading:
+                self._pool.load(slot)
+            ahead = self._settings.actors.units_in_flight
+            while (unit := self._queue.take(slot.number, now=now, ahead=ahead)) is not None:
+                self._pool.capture(slot, unit, build_attempt())
+        self._release_spare()
+        for call in self._pool.wait(_WAIT_SECONDS):
+            if call.unit is None:
+                self._end_load(call)
             else:
-                slot.in_flight -= 1
-                self._end_unit(slot, unit, task)
+                self._end_unit(call.slot, call.unit, call.task)
+        self._warn_if_nobody_is_ready()
 
-    def _end_load(self, slot: _Slot, task: Any) -> None:
-        slot.is_loading = False
+    def _release_spare(self) -> None:
+        spare = set(self._queue.find_spare(slot.number for slot in self._pool.slots))
+        for slot in [slot for slot in self._pool.slots if slot.number in spare]:
+            self._queue.remove(slot.number)
+            self._pool.release(slot)
+
+    def _warn_if_nobody_is_ready(self) -> None:
+        now = time.monotonic()
+        if self._pool.num_ready:
+            self._next_warning = now + _SECONDS_BETWEEN_WARNINGS
+        elif now >= self._next_warning:
+            self._next_warning = now + _SECONDS_BETWEEN_WARNINGS
+            free = ray.available_resources()
+            _LOG.warning(
+                "no actor is ready yet; each asks for %s, the cluster has %s, of which %g CPUs, %g GPUs are free",
+                self._demand,
+                describe_nodes(read_nodes()),
+                free.get("CPU", 0.0),
+                free.get("GPU", 0.0),
+            )
+
+    def _end_load(self, call: EndedCall) -> None:
+        slot = call.slot
         try:
-            identity, _ = ray.get(task)
+            loaded: LoadedTeacher = ray.get(call.task)
         except RayTaskError as error:
-            raise _unwrap(error) from error
+            failure = read_failure(error)
+            _LOG.debug("load failed on %s:\n%s", failure.host, failure.traceback)
+            self._drop(slot, failure.build_load_error(self._settings.teacher.model))
         except RayError as error:
-            slot.load_failures += 1
             self._figures.actor_losses += 1
-            if slot.load_failures >= _LOAD_TRIES:
-                raise OutsideError(
-                    f"a capture actor died {slot.load_failures} times while it loaded the teacher, last with {error}; "
+            slot.load_losses += 1
+            self._pool.set_back(slot, _WAIT_SECONDS)
+            if slot.load_losses >= _LOAD_TRIES:
+                text = (
+                    f"a capture actor died {slot.load_losses} times while it loaded the teacher, last with {error}; "
                     "look for lack of memory on its machine"
-                ) from error
-            slot.rests_until = time.monotonic() + _REST_SECONDS
-            return
-        differences = self._plan.teacher.differences(identity) if self._plan is not None else []
+                )
+                self._drop(slot, OutsideError(text))
+        else:
+            self._admit(slot, loaded)
+
+    def _admit(self, slot: Slot, loaded: LoadedTeacher) -> None:
+        """Two machines with two teachers end the capture: which one is right, only a person knows."""
+        if self._identity_of is None:
+            self._identity_of = loaded
+        differences = self._identity_of.identity.differences(loaded.identity)
         if differences:
             raise IncompatibleStoreError(
-                "an actor loaded another teacher than the plan's; give every machine the same files:\n  "
-                + "\n  ".join(differences)
+                f"the actors on {self._identity_of.host} and {loaded.host} loaded different teachers; give every "
+                "machine the same files:\n  " + "\n  ".join(differences)
             )
-        slot.is_ready, slot.load_failures = True, 0
-        self._figures.actors_ready += 1
+        slot.loaded, slot.load_losses = loaded, 0
+        self._queue.admit(slot.number)
 
-    def _end_unit(self, slot: _Slot, unit: int, task: Any) -> None:
+    def _drop(self, slot: Slot, error: LogitStoreError) -> None:
+        """An actor cannot load: go on without it, unless it is the only one or nobody has loaded yet."""
+        self._queue.remove(slot.number)
+        self._pool.release(slot)
+        is_alone = self._identity_of is None and not isinstance(error, OutsideError)
+        if is_alone or not self._pool.slots:
+            raise error
+        _LOG.error("an actor is dropped, %d are left: %s", len(self._pool.slots), error)
+
+    def _end_unit(self, slot: Slot, unit: int, task: Any) -> None:
         try:
             receipt: Receipt = ray.get(task)
         except RayTaskError as error:
-            self._end_failed_unit(slot, unit, _unwrap(error))
+            self._end_failed_unit(slot, unit, read_failure(error))
         except RayError as error:
-            self._end_lost_unit(slot, unit, error)
+            self._end_lost_unit(slot, error)
         else:
-            self._queue.storage_failures = 0
-            self._count_receipt(receipt)
+            was_captured = receipt.outcome is Outcome.WON
+            self._queue.succeed(slot.number, unit, was_captured=was_captured)
+            self._figures.count_receipt(receipt)
+            if was_captured:
+                slot.restarts_in_a_row = 0
+            if unit in self._retried:
+                self._files.delete(build_quarantine_path(unit))
 
-    def _count_receipt(self, receipt: Receipt) -> None:
-        figures = self._figures
-        if receipt.outcome is Outcome.LOST:
-            figures.lost_races += 1
-            return
-        figures.units_captured += 1
-        figures.records += receipt.records
-        figures.positions += receipt.positions
-        figures.bytes += receipt.bytes
-        figures.documents += receipt.documents
-        figures.dead_letters += receipt.dead_letters
-
-    def _end_failed_unit(self, slot: _Slot, unit: int, error: Exception) -> None:
+    def _end_failed_unit(self, slot: Slot, unit: int, failure: ActorFailure) -> None:
         """The actor lives and reports an error."""
-        if isinstance(error, IncompatibleStoreError):
-            raise error
-        if isinstance(error, OutsideError):
-            self._queue.storage_failures += 1
-            if self._queue.storage_failures >= _STORAGE_TRIES * len(self._slots):
-                raise error
-            self._queue.pending.append(unit)
-            slot.rests_until = time.monotonic() + _REST_SECONDS * min(30, self._queue.storage_failures)
-            _LOG.warning("unit %d waits: %s", unit, error)
+        _LOG.debug("unit %d failed on %s:\n%s", unit, slot.host, failure.traceback)
+        if isinstance(failure.error, IncompatibleStoreError):
+            raise failure.error
+        settings_error = failure.build_settings_error()
+        if settings_error is not None:
+            raise settings_error from failure.error
+        if isinstance(failure.error, OutsideError):
+            verdict = self._queue.fail_outside(slot.number, unit, now=time.monotonic())
+            _LOG.warning("unit %d waits: %s", unit, failure.summary)
+            if verdict.give_up:
+                raise failure.error
+            self._set_aside(verdict, failure.build_record())
             return
         self._figures.failures += 1
-        self._queue.failures[unit] += 1
-        _LOG.warning(
-            "unit %d failed (%d of %d): %s", unit, self._queue.failures[unit], self._settings.actors.tries, error
-        )
-        if self._queue.failures[unit] < self._settings.actors.tries:
-            self._queue.pending.append(unit)
-        else:
-            self._quarantine(unit, self._queue.failures[unit], f"{type(error).__name__}: {error}")
+        self._first_failure = self._first_failure or failure
+        verdict = self._queue.fail(slot.number, unit)
+        tries = self._settings.actors.tries
+        _LOG.warning("unit %d failed (%d of %d): %s", unit, verdict.attempts, tries, failure.summary)
+        if verdict.give_up:
+            raise CaptureError(
+                f"{self._files.url}: expected units to be captured, found that all {self._figures.failures} attempts "
+                f"failed; look at the first failure, then run the command again:\n  {self._first_failure.summary}"
+            ) from self._first_failure.error
+        self._set_aside(verdict, failure.build_record())
+        if verdict.restart_actor and self._queue.has_units:
+            _LOG.warning("the actor on %s failed repeatedly and is restarted", slot.host)
+            self._queue.remove(slot.number)
+            self._pool.restart(slot)
 
-    def _end_lost_unit(self, slot: _Slot, unit: int, error: RayError) -> None:
+    def _end_lost_unit(self, slot: Slot, error: RayError) -> None:
         """The actor or its machine is gone; Ray restarts the actor wherever there is room."""
         self._figures.actor_losses += 1
-        self._queue.actors_killed[unit] += 1
-        if slot.is_ready:
-            slot.is_ready = False
-            self._figures.actors_ready -= 1
-        slot.rests_until = time.monotonic() + _REST_SECONDS
-        kind = "actor lost" if isinstance(error, RayActorError) else type(error).__name__
-        _LOG.warning("unit %d goes back to the queue: %s", unit, kind)
-        if self._queue.actors_killed[unit] >= _ACTORS_A_UNIT_MAY_KILL * self._settings.actors.units_in_flight:
-            self._quarantine(unit, self._queue.actors_killed[unit], f"its actor dies every time: {error}")
-        else:
-            self._queue.pending.appendleft(unit)
+        verdict = self._queue.lose(slot.number)
+        _LOG.warning("actor lost with unit %s (%s); its units go back", verdict.unit, type(error).__name__)
+        self._pool.set_back(slot, _WAIT_SECONDS)
+        self._set_aside(verdict, f"its actor dies every time: {error}"[:4000])
 
-    def _quarantine(self, unit: int, attempts: int, error: str) -> None:
-        quarantine_unit(self._files, QuarantinedUnit(unit=unit, attempts=attempts, error=error[:4000]))
+    def _set_aside(self, verdict: Verdict, record: str) -> None:
+        """Quarantine a unit, if that is the verdict."""
+        if not verdict.set_aside or verdict.unit is None:
+            return
+        if verdict.unit in self._retried:
+            self._files.delete(build_quarantine_path(verdict.unit))  # what an earlier run found out
+        quarantine_unit(self._files, QuarantinedUnit(unit=verdict.unit, attempts=verdict.attempts, error=record))
         self._figures.quarantined += 1
-        _LOG.error("unit %d is set aside after %d attempts: %s", unit, attempts, error)
-
-    def _release(self, slot: _Slot) -> None:
-        if slot in self._slots:
-            self._slots = [other for other in self._slots if other is not slot]
-            self._figures.actors_ready -= slot.is_ready
-            ray.kill(slot.actor)
-
-
-def _unwrap(error: RayTaskError) -> Exception:
-    """The error that the actor raised."""
-    cause = error.cause
-    if isinstance(cause, LogitStoreError):
-        return cause
-    return CaptureError(str(cause if cause is not None else error))
+        _LOG.error("unit %d is set aside after %d attempts: %s", verdict.unit, verdict.attempts, record.split("\n")[0])

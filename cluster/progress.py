@@ -10,6 +10,9 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from logitstore.capture import Receipt
+from logitstore.store.commit import Outcome
+
 _LOG = logging.getLogger("logitstore.capture")
 _SECONDS_BETWEEN_LINES = 15.0
 
@@ -52,6 +55,18 @@ class CaptureFigures:
         if not done:
             return None
         return self.seconds / done * (self.units_planned - self.units_done)
+
+    def count_receipt(self, receipt: Receipt) -> None:
+        """Add what a unit brought; one that another capture committed first brings nothing."""
+        if receipt.outcome is Outcome.LOST:
+            self.lost_races += 1
+            return
+        self.units_captured += 1
+        self.records += receipt.records
+        self.positions += receipt.positions
+        self.bytes += receipt.bytes
+        self.documents += receipt.documents
+        self.dead_letters += receipt.dead_letters
 
     def describe(self) -> str:
         left = "?" if self.seconds_left is None else f"{self.seconds_left:.0f} s"

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from fsspec.core import split_protocol
+from fsspec.implementations.local import LocalFileSystem
 from pydantic import Field
 
 from logitstore.capture import CaptureSettings
@@ -26,3 +30,13 @@ class ClusterCaptureSettings(CaptureSettings):
     """`capture.yaml`."""
 
     actors: ActorSettings = ActorSettings()
+
+
+def make_paths_absolute(settings: ClusterCaptureSettings) -> ClusterCaptureSettings:
+    """The same capture for processes in any folder of this machine: local paths of store and teacher made absolute."""
+    store, teacher = settings.store, settings.teacher
+    if "::" not in store and split_protocol(store)[0] in (None, "file", "local"):
+        store = str(Path(LocalFileSystem._strip_protocol(store)).absolute())
+    folders = {"model": teacher.model, "tokenizer": teacher.tokenizer}
+    found = {key: str(Path(name).absolute()) for key, name in folders.items() if name and Path(name).is_dir()}
+    return settings.model_copy(update={"store": store, "teacher": teacher.model_copy(update=found)})

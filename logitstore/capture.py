@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import itertools
 import tempfile
@@ -17,7 +18,7 @@ from logitstore.corpus.documents import CorpusSettings, DeadLetter, Document, li
 from logitstore.corpus.measuring import build_unit_table
 from logitstore.corpus.sequences import Sequence, SequenceBuild, SequenceSettings, build_sequences
 from logitstore.corpus.units import UnitTable
-from logitstore.errors import ConfigError, IncompatibleStoreError
+from logitstore.errors import ConfigError, IncompatibleStoreError, OutsideError
 from logitstore.records import Record, RecordAddress
 from logitstore.settings import Settings
 from logitstore.shard.layout import FORMAT_VERSION, ShardHeader
@@ -27,6 +28,7 @@ from logitstore.store.commit import (
     Commit,
     Outcome,
     build_attempt,
+    build_commit_path,
     build_data_path,
     commit_unit,
     count_dead_letters,
@@ -142,13 +144,16 @@ class UnitCapture:
     def capture(self, unit: int, attempt: str | None = None) -> Receipt:
         """Run the teacher over a unit and commit its shard.
 
-        A kill at any point leaves the unit either uncommitted (with garbage to collect at most) or committed whole.
+        A unit that is committed already is left as it is: its receipt says "lost", with counts of zero. A kill at any
+        point leaves the unit either uncommitted (with garbage to collect at most) or committed whole.
 
         Raises:
             TeacherError, InvalidSignalError: what the teacher said cannot be stored; nothing is committed.
             OutsideError: the storage failed; nothing is committed.
         """
         started = time.monotonic()
+        if self._files.exists(build_commit_path(unit)):
+            return _build_lost_receipt(unit)
         attempt = attempt or build_attempt()
         build = build_sequences(
             self._read_unit(unit),
@@ -176,7 +181,8 @@ class UnitCapture:
         assert commit.find_imbalance() is None, commit.find_imbalance()
         outcome = commit_unit(self._files, commit)
         if outcome is Outcome.LOST and path is not None:
-            self._files.delete(path)
+            with contextlib.suppress(OutsideError, ConfigError):  # garbage, and `gc` collects what stays
+                self._files.delete(path)
         return Receipt(
             unit=unit,
             outcome=outcome,
@@ -227,6 +233,12 @@ class UnitCapture:
                     documents=sequence.documents,
                 )
                 index += 1
+
+
+def _build_lost_receipt(unit: int) -> Receipt:
+    return Receipt(
+        unit=unit, outcome=Outcome.LOST, records=0, positions=0, bytes=0, documents=0, dead_letters=0, seconds=0.0
+    )
 
 
 def _group_sequences(sequences: Iterator[Sequence]) -> Iterator[list[Sequence]]:

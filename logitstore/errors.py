@@ -21,6 +21,12 @@ class ConfigError(LogitStoreError, ValueError):
     exit_code = 2
 
 
+class CorpusError(LogitStoreError, ValueError):
+    """A corpus file is damaged or gone: the units that need it cannot be captured, others can."""
+
+    exit_code = 2
+
+
 class ShapeError(LogitStoreError, ValueError):
     """Arrays or tensors do not fit together."""
 

@@ -10,6 +10,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from logitstore.errors import ConfigError
+from logitstore.url_secrets import hide_secrets
+
+# Values below keys that contain one of these are never printed.
+_SECRET_WORDS = ("storage_options", "secret", "key", "token", "password", "credential")
 
 
 class Settings(BaseModel):
@@ -33,24 +37,36 @@ def build_settings(model: type[SettingsT], values: object, *, where: str) -> Set
         lines = []
         for problem in error.errors():
             key = ".".join(str(part) for part in problem["loc"]) or "(whole file)"
-            found = "" if problem["type"] == "missing" else f", found {problem['input']!r}"
+            found = _describe_found(problem["type"], problem["loc"], problem["input"])
             known = f"; known keys: {', '.join(model.model_fields)}" if problem["type"] == "extra_forbidden" else ""
             lines.append(f"  {key}: {problem['msg']}{found}{known}")
         raise ConfigError(f"{where}: {len(lines)} setting(s) cannot be used:\n" + "\n".join(lines)) from None
+
+
+def _describe_found(kind: str, location: tuple[int | str, ...], value: object) -> str:
+    """', found …' for an error message; nothing where the value might be a secret, or hold one."""
+    if kind in ("missing", "extra_forbidden") or not isinstance(value, str | int | float | None):
+        return ""
+    if any(word in str(part).lower() for part in location for word in _SECRET_WORDS):
+        return ""
+    return f", found {hide_secrets(value) if isinstance(value, str) else value!r}"
 
 
 def read_settings(model: type[SettingsT], path: str | Path, overrides: Sequence[str] = ()) -> SettingsT:
     """Read a YAML file into a settings model and apply overrides such as `method.k=32`.
 
     Raises:
-        ConfigError: the file is missing or no YAML mapping, an override has no '=', or a setting is wrong.
+        ConfigError: the file is missing or no YAML mapping, an override has no '=' or no YAML value, or a setting is
+            wrong.
     """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such settings file; give the path of a YAML file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: expected a YAML file, found one that cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: expected YAML, found {error}") from None
+        raise ConfigError(f"{path}: expected YAML, found {_describe_yaml_error(error)}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping of settings, found {type(values).__name__}")
     for override in overrides:
@@ -58,14 +74,25 @@ def read_settings(model: type[SettingsT], path: str | Path, overrides: Sequence[
     return build_settings(model, values, where=str(path))
 
 
+def _describe_yaml_error(error: Exception) -> str:
+    """What is wrong and where, without the lines themselves: there may be secrets in them."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return type(error).__name__ if isinstance(error, yaml.YAMLError) else str(error)
+    return f"{getattr(error, 'problem', None) or 'a mistake'} in line {mark.line + 1}, column {mark.column + 1}"
+
+
 def _apply_override(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise ConfigError(f"override {override!r}: expected section.key=value")
+        raise ConfigError(f"override {key!r}: expected section.key=value")
     *sections, last = key.split(".")
     target = values
     for section in sections:
         target = target.setdefault(section, {})
         if not isinstance(target, dict):
-            raise ConfigError(f"override {override!r}: {section!r} is a value, not a section")
-    target[last] = yaml.safe_load(text)
+            raise ConfigError(f"override {key!r}: {section!r} is a value, not a section")
+    try:
+        target[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {key!r}: expected a YAML value, found {_describe_yaml_error(error)}") from None

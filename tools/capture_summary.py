@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from cluster.connection import connect
 from cluster.driver import run_capture as drive_capture
+from cluster.report import report_finished_capture
 from cluster.settings import ClusterCaptureSettings
 from logitstore.settings import Settings
 from logitstore.store.files import StoreFiles
@@ -62,9 +63,11 @@ def run_capture(
     Raises:
         ConfigError, TeacherError, IncompatibleStoreError, OutsideError: see `cluster.driver.run_capture`.
     """
-    with connect(address):
-        report = drive_capture(settings, retry_quarantined=retry_quarantined, quiet=quiet)
-        run = _describe_run(report)
+    report = report_finished_capture(settings, retry_quarantined=retry_quarantined)
+    if report is None:
+        with connect(address):
+            report = drive_capture(settings, retry_quarantined=retry_quarantined, quiet=quiet)
+    run = _describe_run(report)
     return CaptureSummary(run=run, store=read_status(StoreFiles(settings.store, settings.storage_options)))
 
 

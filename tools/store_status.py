@@ -155,7 +155,10 @@ def render_status(status: StoreStatus) -> list[RenderableType]:
         )
     ]
     if status.quarantine:
-        rows = [(entry.unit, entry.attempts, entry.error[:_ERROR_CHARACTERS]) for entry in status.quarantine]
+        rows = [
+            (entry.unit, entry.attempts, entry.error.partition("\n")[0][:_ERROR_CHARACTERS])
+            for entry in status.quarantine
+        ]
         parts.append(build_table("Units set aside", ["#unit", "#attempts", "last error"], rows))
     return parts
 

@@ -12,7 +12,7 @@ import zstandard
 from fsspec import AbstractFileSystem
 
 from logitstore.corpus.files import CorpusFile, StorageOptions, open_filesystem, reading
-from logitstore.errors import ConfigError, IncompatibleStoreError, OutsideError
+from logitstore.errors import CorpusError, IncompatibleStoreError, OutsideError
 
 BLOCK_BYTES = 1024 * 1024
 # One request to an object store per this many bytes: latency is paid once per request.
@@ -67,7 +67,7 @@ def open_range_reader(file: CorpusFile, storage_options: StorageOptions | None =
     """The file's bytes as they are stored, as a seekable stream.
 
     Raises:
-        ConfigError: the file is gone.
+        CorpusError: the file is gone.
         IncompatibleStoreError: the file has another size than when the corpus was listed.
         OutsideError: the filesystem cannot be read.
     """
@@ -86,7 +86,7 @@ def read_blocks(file: CorpusFile, start: int, storage_options: StorageOptions | 
     """Yield the decompressed bytes of a file from a decompressed offset on, in blocks of at most `BLOCK_BYTES`.
 
     Raises:
-        ConfigError: compressed data is damaged or cut short.
+        CorpusError: compressed data is damaged or cut short.
         IncompatibleStoreError, OutsideError: see `open_range_reader`.
     """
     stream = open_range_reader(file, storage_options)
@@ -101,7 +101,7 @@ def read_blocks(file: CorpusFile, start: int, storage_options: StorageOptions | 
                     yield block[start:] if start else block
                 start = max(0, start - len(block))
         except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
-            raise ConfigError(
+            raise CorpusError(
                 f"{file.path}: expected whole {file.compression} data, found: {error}; replace the file"
             ) from error
 

@@ -12,8 +12,10 @@ from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from pydantic import Field, model_validator
 
-from logitstore.errors import ConfigError, LogitStoreError, OutsideError
+from logitstore.errors import ConfigError, CorpusError, LogitStoreError
 from logitstore.settings import Settings
+from logitstore.storage_errors import storage_errors
+from logitstore.url_secrets import check_url_has_no_secrets
 
 StorageOptions: TypeAlias = dict[str, object]
 FileFormat = Literal["jsonl", "parquet", "text"]
@@ -136,12 +138,14 @@ def open_filesystem(url: str, storage_options: StorageOptions | None = None) -> 
     """The fsspec filesystem of a URL, and the path on it.
 
     Raises:
-        ConfigError: the protocol is unknown or needs a package that is not installed.
+        ConfigError: the protocol is unknown or needs a package that is not installed, or the URL holds a secret.
     """
-    try:
-        filesystem, inner = url_to_fs(url, **(storage_options or {}))
-    except (ValueError, ImportError) as error:
-        raise ConfigError(f"{url}: expected a path or URL that fsspec can open, found: {error}") from error
+    check_url_has_no_secrets(url)
+    with storage_errors(url):  # some clients look for their credentials at once
+        try:
+            filesystem, inner = url_to_fs(url, **(storage_options or {}))
+        except (ValueError, ImportError) as error:
+            raise ConfigError(f"{url}: expected a path or URL that fsspec can open, found: {error}") from error
     return filesystem, inner
 
 
@@ -149,15 +153,12 @@ def open_filesystem(url: str, storage_options: StorageOptions | None = None) -> 
 def reading(path: str) -> Iterator[None]:
     """Turn errors of a filesystem into the project's own, naming the path."""
     try:
-        yield
+        with storage_errors(path):
+            yield
     except LogitStoreError:
-        raise
+        raise  # some of them are FileNotFoundErrors too
     except FileNotFoundError as error:
-        raise ConfigError(f"{path}: expected a file, found nothing; list the corpus again") from error
-    except OSError as error:
-        raise OutsideError(
-            f"{path}: cannot be read: {type(error).__name__}: {error}; check address, credentials and network"
-        ) from error
+        raise CorpusError(f"{path}: expected a file, found nothing; list the corpus again") from error
 
 
 def _match(pattern: str, storage_options: StorageOptions | None) -> Iterator[tuple[str, int]]:

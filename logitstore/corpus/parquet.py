@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from logitstore.corpus.blocks import REQUEST_BYTES, open_range_reader
 from logitstore.corpus.files import CorpusFile, CorpusSettings, StorageOptions, reading
 from logitstore.corpus.parsing import RejectedDocumentError, name_document, parse_cell
-from logitstore.errors import ConfigError
+from logitstore.errors import ConfigError, CorpusError
 
 # Rows decoded at once: documents may be megabytes long.
 NUM_ROWS_AT_ONCE = 64
@@ -72,7 +72,7 @@ def _open(
                 _check_column(file, parquet.schema_arrow, field, is_text=field == settings.text_field)
             yield parquet
         except pa.ArrowInvalid as error:
-            raise ConfigError(f"{file.path}: expected a Parquet file, found: {error}; replace the file") from error
+            raise CorpusError(f"{file.path}: expected a Parquet file, found: {error}; replace the file") from error
 
 
 def _check_column(file: CorpusFile, schema: pa.Schema, column: str, *, is_text: bool) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import numpy as np
+from pydantic import Field, StringConstraints
 
 from logitstore.records import RecordBatch
 from logitstore.settings import Settings
@@ -11,6 +14,7 @@ from logitstore.settings import Settings
 ENTROPY_BIN_NATS = 0.5
 ENTROPY_BINS = 32
 TAIL_DECADES = 8
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
 class RowGroup(Settings):
@@ -18,7 +22,7 @@ class RowGroup(Settings):
 
     offset: int
     bytes: int
-    sha256: str
+    sha256: Sha256
     records: int
     positions: int
     taught_positions: int
@@ -41,10 +45,10 @@ class ShardSummary(Settings):
     """One shard file, whole."""
 
     bytes: int
-    sha256: str
+    sha256: Sha256
     footer_offset: int
-    footer_sha256: str
-    row_groups: tuple[RowGroup, ...]
+    footer_sha256: Sha256
+    row_groups: tuple[RowGroup, ...] = Field(min_length=1)
 
     @property
     def records(self) -> int:

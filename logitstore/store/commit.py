@@ -7,6 +7,7 @@ commit leaves garbage; a kill after it leaves a finished unit.
 
 from __future__ import annotations
 
+import json
 import re
 import uuid
 from collections import Counter
@@ -16,18 +17,18 @@ from enum import StrEnum
 from pydantic import ValidationError
 
 from logitstore.corpus.documents import DeadLetter
-from logitstore.errors import CorruptShardError, OutsideError
+from logitstore.errors import CorruptShardError, IncompatibleStoreError
 from logitstore.settings import Settings
 from logitstore.shard.layout import FORMAT_VERSION
 from logitstore.shard.summary import ShardSummary
-from logitstore.store.files import StoreFiles
+from logitstore.store.create_only import create_or_read_back
+from logitstore.store.files import StoredFile, StoreFiles
 
 COMMITS = "commits"
 DATA = "data"
 QUARANTINE = "quarantine"
 # Dead letters listed one by one in a commit; the counts always hold all of them.
 LISTED_DEAD_LETTERS = 1000
-_TRIES = 5
 
 
 class Commit(Settings):
@@ -97,32 +98,19 @@ def count_dead_letters(dead_letters: Iterable[DeadLetter]) -> tuple[dict[str, in
 
 
 def commit_unit(files: StoreFiles, commit: Commit) -> Outcome:
-    """Commit an attempt whose shard is already stored.
-
-    "Something is there" and "the request failed" are both ambiguous after a lost response, so every doubt is settled
-    by reading back: our attempt in the record means won, another means lost, no record means try again.
+    """Commit an attempt whose shard is already stored; of several attempts at a unit the first one wins.
 
     Raises:
         OutsideError: the storage kept contradicting itself; nothing of ours is committed as far as one can read.
+        CorruptShardError, IncompatibleStoreError: another commit of the unit is there and cannot be read.
     """
     path = build_commit_path(commit.unit)
-    data = commit.model_dump_json().encode()
-    trouble: OutsideError | None = None
-    for _ in range(_TRIES):
-        try:
-            if files.create(path, data):
-                return Outcome.WON
-        except OutsideError as error:
-            trouble = error
-        try:
-            winner = read_commit(files, commit.unit)
-        except FileNotFoundError:
-            continue
-        except OutsideError as error:
-            trouble = error
-            continue
-        return Outcome.WON if winner.attempt == commit.attempt else Outcome.LOST
-    raise trouble or OutsideError(f"{files.url}/{path}: neither created nor found after {_TRIES} tries; run it again")
+
+    def is_ours(found: bytes) -> bool:
+        return parse_commit(found, f"{files.url}/{path}").attempt == commit.attempt
+
+    won = create_or_read_back(files, path, commit.model_dump_json().encode(), is_ours)
+    return Outcome.WON if won else Outcome.LOST
 
 
 def parse_commit(data: bytes, where: str) -> Commit:
@@ -130,7 +118,18 @@ def parse_commit(data: bytes, where: str) -> Commit:
 
     Raises:
         CorruptShardError: the bytes are no commit record.
+        IncompatibleStoreError: a program with another format version wrote it.
     """
+    try:
+        values = json.loads(data)
+    except ValueError as error:
+        raise CorruptShardError(f"{where}: expected a commit record, found {error}; run 'logitstore verify'") from None
+    version = values.get("format_version") if isinstance(values, dict) else None
+    if isinstance(version, int) and version != FORMAT_VERSION:
+        raise IncompatibleStoreError(
+            f"{where}: format version differs\n  in the commit: {version}\n  this program reads: {FORMAT_VERSION}\n"
+            "install a logitstore that reads that version"
+        )
     try:
         return Commit.model_validate_json(data)
     except ValidationError as error:
@@ -154,13 +153,24 @@ def read_commit(files: StoreFiles, unit: int) -> Commit:
 
 def list_units(files: StoreFiles, folder: str) -> list[int]:
     """Units that have an object in `commits` or `quarantine`, ascending; one listing, nothing is read."""
-    matches = (re.fullmatch(r"(\d{7,})\.json", file.name) for file in files.list(folder))
-    return sorted(int(match[1]) for match in matches if match)
+    return list(list_unit_files(files, folder))
+
+
+def list_unit_files(files: StoreFiles, folder: str) -> dict[int, StoredFile]:
+    """Unit to its object in `commits` or `quarantine`, ascending."""
+    found = {
+        int(match[1]): file for file in files.list(folder) if (match := re.fullmatch(r"(\d{7,})\.json", file.name))
+    }
+    return dict(sorted(found.items()))
 
 
 def quarantine_unit(files: StoreFiles, entry: QuarantinedUnit) -> None:
-    """Set a unit aside; an entry that is there already stays."""
-    files.create(build_quarantine_path(entry.unit), entry.model_dump_json().encode())
+    """Set a unit aside; an entry that is there already stays.
+
+    Raises:
+        OutsideError: the storage failed; nothing is set aside as far as one can read.
+    """
+    create_or_read_back(files, build_quarantine_path(entry.unit), entry.model_dump_json().encode())
 
 
 def read_quarantine(files: StoreFiles) -> list[QuarantinedUnit]:
@@ -169,9 +179,8 @@ def read_quarantine(files: StoreFiles) -> list[QuarantinedUnit]:
     Raises:
         CorruptShardError: a record is damaged.
     """
-    paths = [build_quarantine_path(unit) for unit in list_units(files, QUARANTINE)]
     entries = []
-    for path, data in zip(paths, files.read_many(paths), strict=True):
+    for path, data in files.read_existing([build_quarantine_path(unit) for unit in list_units(files, QUARANTINE)]):
         try:
             entries.append(QuarantinedUnit.model_validate_json(data))
         except ValidationError as error:

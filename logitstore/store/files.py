@@ -6,10 +6,10 @@ Nothing but `create` may be relied on when two writers race: it is the only oper
 from __future__ import annotations
 
 import contextlib
-import os
-import uuid
+import datetime
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,15 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from logitstore.errors import ConfigError, IncompatibleStoreError, OutsideError
+from logitstore.errors import ConfigError
+from logitstore.storage_errors import find_status, storage_errors
+from logitstore.store.local_writes import create_local, is_leftover, replace_local
+from logitstore.url_secrets import check_url_has_no_secrets
 
 # Small objects are bound by round trips: 16 in flight read 1,500 commits a second from a near object store.
 PARALLEL_READS = 16
+# Objects fetched ahead of a slow consumer: bounds memory at as many commits.
+_READ_AHEAD = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,15 +43,19 @@ class StoreFiles:
     Args:
         url: any fsspec URL or local path.
         storage_options: passed to fsspec; credentials in them are never stored or printed.
+    Raises:
+        ConfigError: fsspec does not know the URL, or there is a secret in it.
     """
 
     def __init__(self, url: str, storage_options: dict[str, Any] | None = None) -> None:
+        check_url_has_no_secrets(url)
         self.url = url.rstrip("/")
         self.storage_options = dict(storage_options or {})
-        try:
-            self._fs, self._root = fsspec.core.url_to_fs(self.url, **self.storage_options)
-        except (ValueError, ImportError) as error:
-            raise ConfigError(f"{url}: expected a URL that fsspec can open, found {error}") from None
+        with storage_errors(url):  # some clients look for their credentials at once
+            try:
+                self._fs, self._root = fsspec.core.url_to_fs(self.url, **self.storage_options)
+            except (ValueError, ImportError) as error:
+                raise ConfigError(f"{url}: expected a URL that fsspec can open, found {error}") from None
         self._is_local = isinstance(self._fs, LocalFileSystem)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -64,10 +73,42 @@ class StoreFiles:
             return data
 
     def read_many(self, paths: Sequence[str]) -> Iterator[bytes]:
-        """Whole objects in the order asked for, several requests in flight."""
+        """Whole objects in the order asked for, several requests in flight.
+
+        Raises:
+            FileNotFoundError: one of them is not there.
+            OutsideError: the storage failed.
+        """
+        for path, data in zip(paths, self._read_ahead(paths), strict=True):
+            if data is None:
+                raise FileNotFoundError(f"{self.url}/{path}: no such object")
+            yield data
+
+    def read_existing(self, paths: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+        """Path and bytes of each of these objects, in the order asked for; what was deleted meanwhile is left out.
+
+        Raises:
+            OutsideError: the storage failed.
+        """
+        for path, data in zip(paths, self._read_ahead(paths), strict=True):
+            if data is not None:
+                yield path, data
+
+    def _read_ahead(self, paths: Sequence[str]) -> Iterator[bytes | None]:
+        waiting: deque[Future[bytes | None]] = deque()
         with ThreadPoolExecutor(PARALLEL_READS) as pool:
-            for start in range(0, len(paths), 1024):  # bounds what is read ahead of a slow consumer
-                yield from pool.map(self.read, paths[start : start + 1024])
+            for path in paths:
+                waiting.append(pool.submit(self._read_or_none, path))
+                if len(waiting) >= _READ_AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+
+    def _read_or_none(self, path: str) -> bytes | None:
+        try:
+            return self.read(path)
+        except FileNotFoundError:
+            return None
 
     def exists(self, path: str) -> bool:
         with self._explain(path):
@@ -76,6 +117,13 @@ class StoreFiles:
 
     def list(self, folder: str) -> list[StoredFile]:
         """Objects directly in a folder, by name; empty where there is no such folder."""
+        return [file for file in self._list(folder) if not file.name.startswith(".")]
+
+    def list_leftovers(self, folder: str) -> Sequence[StoredFile]:
+        """What killed writes left in a folder of a local file system, by name; no object of the store is among it."""
+        return [file for file in self._list(folder) if is_leftover(file.name)]
+
+    def _list(self, folder: str) -> Sequence[StoredFile]:
         with self._explain(folder):
             self._fs.invalidate_cache()
             try:
@@ -83,38 +131,42 @@ class StoreFiles:
             except FileNotFoundError:
                 return []
         files = [_build_stored_file(entry) for entry in entries if entry["type"] == "file"]
-        return sorted((file for file in files if not file.name.startswith(".")), key=lambda file: file.name)
+        return sorted(files, key=lambda file: file.name)
 
     def create(self, path: str, data: bytes) -> bool:
         """Store a small object only if nothing has that name.
 
         Returns False when something seems to be there. That answer is ambiguous on object stores: a response lost on
-        the way makes the client try again and find its own object, so the caller reads back before it believes it.
+        the way makes the client try again and find its own object, so nobody believes it but `create_or_read_back`.
+
+        Raises:
+            IncompatibleStoreError: the file system cannot do this.
+            OutsideError: the storage failed.
         """
-        with self._explain(path):
+        with self._explain(path, is_write=True):
+            if self._is_local:
+                return create_local(Path(self._full(path)), data)
             try:
-                if self._is_local:
-                    return self._create_local(path, data)
                 self._fs.pipe_file(self._full(path), data, mode="create")
-                return True
-            except OSError as error:
+            except Exception as error:
                 if _means_exists(error):
                     return False
                 raise
+            return True
 
     def put(self, path: str, data: bytes) -> None:
         """Store an object under a name nobody else uses, replacing what an earlier try left there."""
-        with self._explain(path):
+        with self._explain(path, is_write=True):
             if self._is_local:
-                self._write_local(path, data, os.replace)
+                replace_local(Path(self._full(path)), data)
             else:
                 self._fs.pipe_file(self._full(path), data)
 
     def put_file(self, path: str, source: Path) -> None:
         """Upload a local file (in parts where the storage wants that); same terms as `put`."""
-        with self._explain(path):
+        with self._explain(path, is_write=True):
             if self._is_local:
-                self._write_local(path, source, os.replace)
+                replace_local(Path(self._full(path)), source)
             else:
                 self._fs.put_file(str(source), self._full(path))
 
@@ -123,78 +175,49 @@ class StoreFiles:
         with self._explain(path), contextlib.suppress(FileNotFoundError):
             self._fs.rm_file(self._full(path))
 
-    def check_create_only(self) -> None:
-        """Prove that this storage keeps its promise of create-only objects, by breaking it once on purpose.
-
-        Raises:
-            IncompatibleStoreError: a second create on one name was accepted.
-        """
-        path = f"probe/{uuid.uuid4().hex}"
-        self.create(path, b"1")
-        try:
-            if self.create(path, b"2"):
-                raise IncompatibleStoreError(
-                    f"{self.url}: expected a second create-only put on one name to fail, found it accepted; two "
-                    "captures at once could damage this store. Use other storage, or set single_writer: true and "
-                    "never run two captures into it"
-                )
-        finally:
-            self.delete(path)
-
     def _full(self, path: str) -> str:
         return f"{self._root}/{path}" if path else str(self._root)
 
-    def _create_local(self, path: str, data: bytes) -> bool:
-        try:
-            self._write_local(path, data, os.link)
-        except FileExistsError:
-            return False
-        return True
-
-    def _write_local(self, path: str, data: bytes | Path, publish: Any) -> None:
-        """Write beside the target, then publish: a kill leaves either nothing under the name or all of it."""
-        target = Path(self._full(path))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-        try:
-            with temporary.open("xb") as file:
-                if isinstance(data, bytes):
-                    file.write(data)
-                else:
-                    with data.open("rb") as source:
-                        while block := source.read(1 << 20):
-                            file.write(block)
-                file.flush()
-                os.fsync(file.fileno())
-            publish(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
-
     @contextlib.contextmanager
-    def _explain(self, path: str) -> Iterator[None]:
+    def _explain(self, path: str, *, is_write: bool = False) -> Iterator[None]:
         """Turn what storage clients raise into errors that say where and what to do."""
         where = f"{self.url}/{path}"
         try:
-            yield
-        except (FileNotFoundError, IncompatibleStoreError, OutsideError, ConfigError):
-            raise
-        except PermissionError as error:
-            raise ConfigError(f"{where}: access denied ({error}); check the credentials of this storage") from error
-        except OSError as error:
-            raise OutsideError(f"{where}: storage failed with {error!r}; run the command again") from error
+            with storage_errors(where):
+                yield
+        except FileNotFoundError as error:
+            if not is_write:
+                raise
+            raise ConfigError(
+                f"{where}: expected storage to write to, found none ({error}); create the bucket or correct the address"
+            ) from error
 
 
 def _build_stored_file(entry: dict[str, Any]) -> StoredFile:
-    modified = next((entry[key] for key in ("mtime", "LastModified", "created") if entry.get(key) is not None), None)
-    if modified is not None and not isinstance(modified, int | float):
-        modified = modified.timestamp()
-    return StoredFile(name=str(entry["name"]).rsplit("/", 1)[-1], bytes=int(entry["size"] or 0), modified=modified)
+    names = ("mtime", "LastModified", "last_modified", "updated", "created")
+    modified = next((entry[name] for name in names if entry.get(name) is not None), None)
+    return StoredFile(
+        name=str(entry["name"]).rsplit("/", 1)[-1], bytes=int(entry["size"] or 0), modified=_parse_time(modified)
+    )
 
 
-def _means_exists(error: OSError) -> bool:
+def _parse_time(value: object) -> float | None:
+    """Seconds since the epoch; None where a file system gives something that is no time."""
+    if isinstance(value, str):
+        try:
+            value = datetime.datetime.fromisoformat(value)
+        except ValueError:
+            return None
+    if isinstance(value, datetime.datetime):
+        return value.timestamp()
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _means_exists(error: Exception) -> bool:
     """Whether a failed create says that the name is taken (or, on some servers, that it may be)."""
-    if isinstance(error, FileExistsError):
+    if isinstance(error, FileExistsError) or type(error).__name__ == "ResourceExistsError":
         return True
     response = getattr(error.__cause__, "response", None)
     code = response.get("Error", {}).get("Code") if isinstance(response, dict) else None
-    return code in ("PreconditionFailed", "412", "ConditionalRequestConflict", "409")
+    said = ("PreconditionFailed", "412", "ConditionalRequestConflict", "409")
+    return code in said or find_status(error) in (409, 412)

@@ -2,71 +2,67 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import threading
-from collections import Counter, OrderedDict
-from collections.abc import Iterator
-from dataclasses import dataclass
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from logitstore.errors import CorruptShardError, IncompatibleStoreError, StoreNotFoundError
+from logitstore.errors import (
+    ConfigError,
+    CorruptShardError,
+    IncompatibleStoreError,
+    OutsideError,
+    StoreNotFoundError,
+)
 from logitstore.records import Record, RecordAddress, RecordBatch
 from logitstore.shard.layout import DOCUMENT_COLUMNS, SIGNAL_COLUMNS
-from logitstore.shard.layout import SCHEMA as SHARD_SCHEMA
 from logitstore.shard.reader import check_digest, decode_row_group, read_footer
 from logitstore.store.files import StoreFiles
 from logitstore.store.manifest import Manifest, list_manifests, read_manifest, take_snapshot
 from logitstore.store.plan import StorePlan, read_plan
+from logitstore.store.statistics import StoreStatistics, compute_statistics
 
+__all__ = ["LogitStore", "StoreStatistics"]
+
+_LOG = logging.getLogger(__name__)
 # Parsed footers kept open: about 50 KB each.
 _FOOTERS_KEPT = 512
-
-
-@dataclass(frozen=True, kw_only=True)
-class StoreStatistics:
-    """Sums over a manifest; `bytes` are those of the shards, everything in them included. Entropies in nats."""
-
-    records: int
-    positions: int
-    taught_positions: int
-    support_entries: int
-    bytes: int
-    column_bytes: dict[str, int]
-    documents: int
-    recorded_documents: int
-    dead_letters: dict[str, int]
-    mean_entropy: float
-    mean_tail_mass: float
-    teacher_loss: float
-    impossible_tokens: int
-    entropy_histogram: tuple[int, ...]
-    tail_histogram: tuple[int, ...]
-
-    @property
-    def bytes_per_position(self) -> float:
-        return self.bytes / max(1, self.positions)
+# Before the second, third and fourth try of a read that failed: longer than the hiccups that clients do not ride out.
+RETRY_WAITS_SECONDS = (1.0, 5.0, 20.0)
 
 
 class LogitStore:
     """The records of a store at one manifest: a sequence, `store[i]` and `len(store)`, that reads what it is asked for.
 
-    Safe to use from several threads. Pickles to its address and manifest number. Needs no torch.
+    Safe to use from several threads. Pickles to its address and manifest number, so a live snapshot does not pickle.
+    Needs no torch.
+
+    Args:
+        files: the store.
+        plan: its plan.
+        manifest: what to read of it.
+        retry_waits_seconds: how long to wait before each further try of a read that failed with an OutsideError.
     """
 
-    def __init__(self, files: StoreFiles, plan: StorePlan, manifest: Manifest) -> None:
+    def __init__(
+        self,
+        files: StoreFiles,
+        plan: StorePlan,
+        manifest: Manifest,
+        retry_waits_seconds: Sequence[float] = RETRY_WAITS_SECONDS,
+    ) -> None:
         self._files, self.plan, self.manifest = files, plan, manifest
+        self._retry_waits_seconds = tuple(retry_waits_seconds)
         rows = manifest.row_groups
-        self._paths: list[str] = rows["file"].to_pylist()
-        self._digests: list[str] = rows["sha256"].to_pylist()
-        self._footer_digests: list[str] = rows["footer_sha256"].to_pylist()
+        # Columns stay in Arrow, or are views of it: a store may have millions of row groups.
+        self._digests = manifest.digests
         self._offsets = rows["offset"].to_numpy()
         self._bytes = rows["bytes"].to_numpy()
-        self._footer_offsets = rows["footer_offset"].to_numpy()
-        self._file_bytes = rows["file_bytes"].to_numpy()
         self._row_group_in_file = rows["row_group"].to_numpy()
         self.row_group_units: np.ndarray = rows["unit"].to_numpy()
         self.row_group_records: np.ndarray = rows["records"].to_numpy()
@@ -81,6 +77,7 @@ class LogitStore:
         url: str,
         manifest: int | Literal["latest", "live"] = "latest",
         storage_options: dict[str, Any] | None = None,
+        retry_waits_seconds: Sequence[float] = RETRY_WAITS_SECONDS,
     ) -> LogitStore:
         """Open a store.
 
@@ -89,6 +86,7 @@ class LogitStore:
             manifest: a number pins the store for ever; "latest" is the newest stored one; "live" takes a snapshot of
                 what is committed at this moment, also while a capture runs.
             storage_options: passed to fsspec.
+            retry_waits_seconds: how long to wait before each further try of a read that failed.
         Raises:
             StoreNotFoundError: no store, or no such manifest.
             IncompatibleStoreError: another format version, or a manifest of another plan.
@@ -106,11 +104,16 @@ class LogitStore:
                 f"{url}: manifest and plan do not belong together\n  plan of the manifest: "
                 f"{snapshot.plan_fingerprint}\n  plan.json:            {fingerprint}\nrun 'logitstore verify {url}'"
             )
-        return cls(files, plan, snapshot)
+        return cls(files, plan, snapshot, retry_waits_seconds)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        manifest: int | str = "live" if self.manifest.number is None else self.manifest.number
-        return LogitStore.open, (self._files.url, manifest, self._files.storage_options)
+        number = self.manifest.number
+        if number is None:
+            raise ConfigError(
+                f"{self.url}: a live snapshot cannot be pickled: the process that opened it again would find other "
+                "records; open a stored manifest, or open the live store there"
+            )
+        return LogitStore.open, (self._files.url, number, self._files.storage_options, self._retry_waits_seconds)
 
     @property
     def url(self) -> str:
@@ -128,7 +131,7 @@ class LogitStore:
 
     @property
     def num_row_groups(self) -> int:
-        return len(self._paths)
+        return len(self._offsets)
 
     def __len__(self) -> int:
         return int(self._first_records[-1])
@@ -166,13 +169,14 @@ class LogitStore:
     def read_row_group(self, row_group: int, *, with_documents: bool = False) -> RecordBatch:
         """Read, verify and decode one row group (0-based in the manifest).
 
-        Bytes that do not match their digest are fetched once more before that is an error.
+        Bytes that do not match their digest are fetched once more before that is an error; a storage that fails is
+        asked again after each of `retry_waits_seconds`.
 
         Raises:
             CorruptShardError: names the file and the row group.
             OutsideError: the storage failed.
         """
-        where = f"{self.url}/{self._paths[row_group]}: row group {int(self._row_group_in_file[row_group])}"
+        where = f"{self.url}/{self._get_path(row_group)}: row group {int(self._row_group_in_file[row_group])}"
         data = self.read_row_group_bytes(row_group)
         metadata = self._get_footer(row_group)
         columns = SIGNAL_COLUMNS + DOCUMENT_COLUMNS if with_documents else SIGNAL_COLUMNS
@@ -187,22 +191,30 @@ class LogitStore:
             row_group,
             start,
             start + int(self._bytes[row_group]),
-            self._digests[row_group],
+            self._digests[row_group].tobytes(),
             f"row group {int(self._row_group_in_file[row_group])}",
         )
 
-    def _read_verified(self, row_group: int, start: int, stop: int, sha256: str, part: str) -> bytes:
-        path = self._paths[row_group]
+    def _get_unit_value(self, row_group: int, name: str) -> Any:
+        """A column of the manifest that stands once per unit."""
+        index = int(np.searchsorted(self.manifest.units, self.row_group_units[row_group]))
+        return self.manifest.per_unit[name][index].as_py()
+
+    def _get_path(self, row_group: int) -> str:
+        return str(self._get_unit_value(row_group, "file"))
+
+    def _read_verified(self, row_group: int, start: int, stop: int, sha256: bytes, part: str) -> bytes:
+        path = self._get_path(row_group)
         unit = int(self.row_group_units[row_group])
         what_to_do = f"run 'logitstore verify {self.url}' and capture unit {unit} again"
         where = f"{self.url}/{path}: {part}"
         for attempt in range(2):
             try:
-                data = self._files.read(path, start, stop)
+                data = self._read_patiently(path, start, stop)
             except FileNotFoundError:
                 raise CorruptShardError(f"{where}: the file is gone; {what_to_do}") from None
             try:
-                check_digest(data, stop - start, sha256, where=where, what_to_do=what_to_do)
+                check_digest(data, stop - start, sha256.hex(), where=where, what_to_do=what_to_do)
             except CorruptShardError:
                 if attempt == 1:
                     raise
@@ -210,14 +222,23 @@ class LogitStore:
             return data
         raise AssertionError("unreachable")
 
+    def _read_patiently(self, path: str, start: int, stop: int) -> bytes:
+        for seconds in self._retry_waits_seconds:
+            try:
+                return self._files.read(path, start, stop)
+            except OutsideError as error:
+                _LOG.warning("reading again in %g s: %s", seconds, error)
+                time.sleep(seconds)
+        return self._files.read(path, start, stop)
+
     def _get_footer(self, row_group: int) -> pq.FileMetaData:
-        path = self._paths[row_group]
+        path = self._get_path(row_group)
         with self._lock:
             if path in self._footers:
                 self._footers.move_to_end(path)
                 return self._footers[path]
-        start, stop = int(self._footer_offsets[row_group]), int(self._file_bytes[row_group])
-        data = self._read_verified(row_group, start, stop, self._footer_digests[row_group], "footer")
+        start, stop = (int(self._get_unit_value(row_group, name)) for name in ("footer_offset", "file_bytes"))
+        data = self._read_verified(row_group, start, stop, self._get_unit_value(row_group, "footer_sha256"), "footer")
         metadata, header = read_footer(data, f"{self.url}/{path}")
         if header.plan_fingerprint != self.manifest.plan_fingerprint:
             raise IncompatibleStoreError(
@@ -232,46 +253,8 @@ class LogitStore:
 
     def compute_statistics(self, source: str | None = None) -> StoreStatistics:
         """Sums over the whole manifest, or over the units of one source; reads nothing."""
-        table, units = self.manifest.table, self.manifest.per_unit
-        if source is not None:
-            table = table.filter(pc.equal(table["source"], source))
-            units = units.filter(pc.equal(units["source"], source))
-        positions = _sum(table, "positions")
-        impossible = _sum(table, "impossible_tokens")
-        dead_letters: Counter[str] = Counter()
-        for counts in units["dead_letter_counts"].to_pylist():
-            dead_letters.update(json.loads(counts))
-        return StoreStatistics(
-            records=_sum(table, "records"),
-            positions=positions,
-            taught_positions=_sum(table, "taught_positions"),
-            support_entries=_sum(table, "support_entries"),
-            bytes=_sum(units, "file_bytes"),
-            column_bytes={name: _sum(table, f"{name}_bytes") for name in SHARD_SCHEMA.names},
-            documents=_sum(units, "documents"),
-            recorded_documents=_sum(units, "recorded_documents"),
-            dead_letters=dict(sorted(dead_letters.items())),
-            mean_entropy=_sum_float(table, "entropy_sum") / max(1, positions),
-            mean_tail_mass=_sum_float(table, "tail_mass_sum") / max(1, positions),
-            teacher_loss=-_sum_float(table, "next_token_logprob_sum") / max(1, positions - impossible),
-            impossible_tokens=impossible,
-            entropy_histogram=_sum_lists(table, "entropy_histogram"),
-            tail_histogram=_sum_lists(table, "tail_histogram"),
-        )
+        return compute_statistics(self.manifest, source)
 
     def list_sources(self) -> list[str]:
         """Names of the corpus sources that have committed units, in order."""
         return sorted(set(self.manifest.per_unit["source"].to_pylist()))
-
-
-def _sum(table: Any, name: str) -> int:
-    return int(pc.sum(table[name]).as_py() or 0)
-
-
-def _sum_float(table: Any, name: str) -> float:
-    return float(pc.sum(table[name]).as_py() or 0.0)
-
-
-def _sum_lists(table: Any, name: str) -> tuple[int, ...]:
-    lists = [values for values in table[name].to_pylist() if values]
-    return tuple(np.sum(lists, axis=0).tolist()) if lists else ()

@@ -1,7 +1,8 @@
 """Manifests: numbered, immutable snapshots of the commits, one row per row group. They are what readers open.
 
-Opening a store is then two small reads however many units it has, and a training run that pins a number sees the same
-records for ever, whatever is captured or repaired later.
+Opening a store is then a listing and two reads, of plan and manifest, however many units it has: about 35 bytes stored
+and 200 in memory per row group. A training run that pins a number sees the same records for ever, whatever is captured
+or repaired later.
 """
 
 from __future__ import annotations
@@ -10,10 +11,9 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,43 +22,17 @@ import pyarrow.parquet as pq
 
 from logitstore.errors import CorruptShardError, IncompatibleStoreError, OutsideError, StoreNotFoundError
 from logitstore.shard.layout import FORMAT_VERSION
-from logitstore.shard.layout import SCHEMA as SHARD_SCHEMA
-from logitstore.shard.summary import RowGroup
-from logitstore.store.commit import COMMITS, Commit, build_commit_path, list_units, parse_commit
-from logitstore.store.files import StoreFiles
+from logitstore.store.commit import COMMITS, Commit, build_commit_path, list_unit_files, parse_commit
+from logitstore.store.create_only import create_or_read_back
+from logitstore.store.files import StoredFile, StoreFiles
+from logitstore.store.manifest_table import SCHEMA, UNIT_FIELDS, build_table
 
 _METADATA_KEY = b"logitstore_manifest"
-_UNIT_FIELDS = [
-    pa.field("unit", pa.int32()),
-    pa.field("source", pa.string()),
-    pa.field("attempt", pa.string()),
-    pa.field("file", pa.string()),
-    pa.field("file_bytes", pa.int64()),
-    pa.field("file_sha256", pa.string()),
-    pa.field("footer_offset", pa.int64()),
-    pa.field("footer_sha256", pa.string()),
-    pa.field("documents", pa.int64()),
-    pa.field("recorded_documents", pa.int64()),
-    pa.field("dead_letter_counts", pa.string()),
-]
-_ROW_GROUP_FIELDS = [
-    pa.field("row_group", pa.int32()),
-    pa.field("offset", pa.int64()),
-    pa.field("bytes", pa.int64()),
-    pa.field("sha256", pa.string()),
-    pa.field("records", pa.int64()),
-    pa.field("positions", pa.int64()),
-    pa.field("taught_positions", pa.int64()),
-    pa.field("support_entries", pa.int64()),
-    pa.field("entropy_sum", pa.float64()),
-    pa.field("next_token_logprob_sum", pa.float64()),
-    pa.field("impossible_tokens", pa.int64()),
-    pa.field("tail_mass_sum", pa.float64()),
-    pa.field("entropy_histogram", pa.list_(pa.int64())),
-    pa.field("tail_histogram", pa.list_(pa.int64())),
-]
-_COLUMN_BYTES_FIELDS = [pa.field(f"{name}_bytes", pa.int64()) for name in SHARD_SCHEMA.names]
-SCHEMA = pa.schema(_UNIT_FIELDS + _ROW_GROUP_FIELDS + _COLUMN_BYTES_FIELDS)
+# A snapshot takes a while between its listing and its manifest, and storage clocks are coarse: commits that are not
+# older than the manifest by this much are read again.
+_SNAPSHOT_SECONDS = 600.0
+# Digests hashed at a time.
+_DIGESTS_AT_A_TIME = 65_536
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -79,64 +53,41 @@ class Manifest:
     @cached_property
     def row_groups(self) -> pa.Table:
         """The rows that have records."""
-        return self.table.filter(pc.greater(self.table["records"], 0))
+        has_records = pc.greater(self.table["records"], 0)
+        return self.table if pc.all(has_records).as_py() else self.table.filter(has_records).combine_chunks()
 
     @cached_property
     def units(self) -> np.ndarray:
         """[U] int32, the committed units, ascending."""
-        return np.unique(self.table["unit"].to_numpy())
+        return self.per_unit["unit"].to_numpy()  # type: ignore[no-any-return]  # pyarrow is untyped
+
+    @property
+    def digests(self) -> np.ndarray:
+        """[G, 32] uint8, SHA-256 of the bytes of every row group that has records."""
+        column = self.row_groups["sha256"].combine_chunks()
+        if not len(column):
+            return np.empty((0, 32), dtype=np.uint8)
+        return np.frombuffer(column.buffers()[1], np.uint8, 32 * len(column), 32 * column.offset).reshape(-1, 32)
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of what the records are: plan, and the digest of every row group in order."""
         digest = hashlib.sha256(self.plan_fingerprint.encode())
-        for chunk in self.row_groups["sha256"].chunks:
-            digest.update("".join(chunk.to_pylist()).encode())
+        digests = self.digests
+        for start in range(0, len(digests), _DIGESTS_AT_A_TIME):
+            digest.update(digests[start : start + _DIGESTS_AT_A_TIME].tobytes().hex().encode())
         return digest.hexdigest()
 
     @cached_property
     def per_unit(self) -> pa.Table:
-        """One row per committed unit, unit columns only."""
-        first = pc.equal(self.table["row_group"], 0)
-        return self.table.filter(first).select([field.name for field in _UNIT_FIELDS])
+        """One row per committed unit, ascending, with what is true of the whole unit."""
+        first = self.table.filter(pc.equal(self.table["row_group"], 0))
+        return first.select(["unit", "source", *(field.name for field in UNIT_FIELDS)]).combine_chunks()
 
 
-def build_manifest(plan_fingerprint: str, commits: Iterable[Commit], previous: pa.Table | None = None) -> Manifest:
+def build_manifest(plan_fingerprint: str, commits: Iterable[Commit], kept: pa.Table | None = None) -> Manifest:
     """Snapshot from commits, in any order, joined to the rows kept of an earlier snapshot."""
-    rows = [row for commit in commits for row in _build_rows(commit)]
-    table = pa.Table.from_pylist(rows, schema=SCHEMA)
-    if previous is not None:
-        table = pa.concat_tables([previous, table])
-    table = table.sort_by([("unit", "ascending"), ("row_group", "ascending")]).combine_chunks()
-    return Manifest(number=None, plan_fingerprint=plan_fingerprint, table=table)
-
-
-def _build_rows(commit: Commit) -> list[dict[str, Any]]:
-    shard = commit.shard
-    unit_values = {
-        "unit": commit.unit,
-        "source": commit.source,
-        "attempt": commit.attempt,
-        "file": commit.file,
-        "file_bytes": shard.bytes if shard else 0,
-        "file_sha256": shard.sha256 if shard else None,
-        "footer_offset": shard.footer_offset if shard else 0,
-        "footer_sha256": shard.footer_sha256 if shard else None,
-        "documents": commit.documents,
-        "recorded_documents": commit.recorded_documents,
-        "dead_letter_counts": json.dumps(commit.dead_letter_counts),
-    }
-    if shard is None:
-        return [{**unit_values, "row_group": 0, "records": 0, "positions": 0, "bytes": 0, "support_entries": 0}]
-    return [
-        {**unit_values, "row_group": index, **_flatten_row_group(row_group)}
-        for index, row_group in enumerate(shard.row_groups)
-    ]
-
-
-def _flatten_row_group(row_group: RowGroup) -> dict[str, Any]:
-    values = row_group.model_dump(exclude={"column_bytes"})
-    return {**values, **{f"{name}_bytes": size for name, size in row_group.column_bytes.items()}}
+    return Manifest(number=None, plan_fingerprint=plan_fingerprint, table=build_table(commits, kept))
 
 
 def list_manifests(files: StoreFiles) -> list[int]:
@@ -174,31 +125,63 @@ def read_manifest(files: StoreFiles, number: int | None = None) -> Manifest:
     try:
         table = pq.read_table(io.BytesIO(data), page_checksum_verification=True)
         header = json.loads(table.schema.metadata[_METADATA_KEY])
+        version, plan_fingerprint = header["format_version"], header["plan_fingerprint"]
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise CorruptShardError(
             f"{files.url}/{path}: expected a manifest, found {error}; run 'logitstore verify --repair'"
         ) from error
-    if header["format_version"] != FORMAT_VERSION:
+    if version != FORMAT_VERSION:
         raise IncompatibleStoreError(
-            f"{files.url}/{path}: format version differs\n  in the manifest: {header['format_version']}\n"
-            f"  this program reads: {FORMAT_VERSION}"
+            f"{files.url}/{path}: format version differs\n  in the manifest: {version}\n"
+            f"  this program reads: {FORMAT_VERSION}\ninstall a logitstore that reads that version"
         )
-    return Manifest(number=number, plan_fingerprint=header["plan_fingerprint"], table=table.select(SCHEMA.names))
+    if not table.schema.remove_metadata().equals(SCHEMA):
+        raise CorruptShardError(
+            f"{files.url}/{path}: expected the columns of a manifest, found others; run 'logitstore verify --repair'"
+        )
+    return Manifest(number=number, plan_fingerprint=plan_fingerprint, table=table.combine_chunks())
 
 
-def take_snapshot(files: StoreFiles, plan_fingerprint: str, previous: Manifest | None) -> Manifest:
-    """What is committed now. Units of the previous manifest are not read again; units that lost their commit go."""
-    committed = list_units(files, COMMITS)
+def take_snapshot(
+    files: StoreFiles,
+    plan_fingerprint: str,
+    previous: Manifest | None,
+    *,
+    recheck: Collection[int] = (),
+    without: Collection[int] = (),
+) -> Manifest:
+    """What is committed now.
+
+    Args:
+        files: the store.
+        plan_fingerprint: of its plan.
+        previous: its units are not read again, but for those whose commit is about as new as this manifest or newer:
+            a unit that was taken back and captured again has another commit. None reads every commit.
+        recheck: units whose commits are read again in any case.
+        without: units to leave out, committed or not.
+    Raises:
+        CorruptShardError, IncompatibleStoreError: a commit is damaged, or belongs to another plan or format version.
+    """
+    excluded = frozenset(without)
+    listed = {unit: file for unit, file in list_unit_files(files, COMMITS).items() if unit not in excluded}
     kept: pa.Table | None = None
     known: set[int] = set()
     if previous is not None:
-        kept = previous.table.filter(pc.is_in(previous.table["unit"], pa.array(committed, pa.int32())))
-        known = set(np.unique(kept["unit"].to_numpy()).tolist())
-    paths = [build_commit_path(unit) for unit in committed if unit not in known]
-    commits = (
-        parse_commit(data, f"{files.url}/{path}") for path, data in zip(paths, files.read_many(paths), strict=True)
-    )
+        known = _find_unchanged(files, previous, listed) - set(recheck)
+        kept = previous.table.filter(pc.is_in(previous.table["unit"], pa.array(sorted(known), pa.int32())))
+    paths = [build_commit_path(unit) for unit in listed if unit not in known]
+    commits = (parse_commit(data, f"{files.url}/{path}") for path, data in files.read_existing(paths))
     return build_manifest(plan_fingerprint, _check_plan(files, commits, plan_fingerprint), kept)
+
+
+def _find_unchanged(files: StoreFiles, manifest: Manifest, commits: dict[int, StoredFile]) -> set[int]:
+    """Committed units of a manifest that were certainly not captured again; all of them where no times are told."""
+    units = commits.keys() & set(manifest.units.tolist())
+    times = {file.name: file.modified for file in files.list("")}
+    written = times.get(build_manifest_path(manifest.number)) if manifest.number is not None else None
+    if written is None:
+        return units
+    return {unit for unit in units if (commits[unit].modified or 0.0) < written - _SNAPSHOT_SECONDS}
 
 
 def _check_plan(files: StoreFiles, commits: Iterable[Commit], plan_fingerprint: str) -> Iterable[Commit]:
@@ -211,18 +194,35 @@ def _check_plan(files: StoreFiles, commits: Iterable[Commit], plan_fingerprint: 
         yield commit
 
 
-def write_manifest(files: StoreFiles, plan_fingerprint: str) -> Manifest:
-    """Store a snapshot of the commits under the next number; nothing is written when nothing has changed."""
+def write_manifest(
+    files: StoreFiles,
+    plan_fingerprint: str,
+    recheck: Collection[int] = (),
+    *,
+    rebuild: bool = False,
+    without: Collection[int] = (),
+) -> Manifest:
+    """Store a snapshot of the commits under the next number; nothing is written when nothing has changed.
+
+    Args:
+        files: the store.
+        plan_fingerprint: of its plan.
+        recheck: units whose commits are read again, such as those that the caller has just captured.
+        rebuild: read every commit again and take nothing over from an earlier manifest.
+        without: units to leave out, though they are committed; for a repair that is about to take them back.
+    Raises:
+        CorruptShardError, IncompatibleStoreError: a commit is damaged, or belongs to another plan or format version.
+        OutsideError: the storage failed.
+    """
     for _ in range(10):
         numbers = list_manifests(files)
         previous = _read_previous(files, numbers, plan_fingerprint)
-        snapshot = take_snapshot(files, plan_fingerprint, previous)
-        if previous is not None and snapshot.table.equals(previous.table.combine_chunks()):
+        start = None if rebuild else previous
+        snapshot = take_snapshot(files, plan_fingerprint, start, recheck=recheck, without=without)
+        if previous is not None and snapshot.table.equals(previous.table):
             return previous
         number = (numbers[-1] if numbers else 0) + 1
-        data = serialize_manifest(snapshot)
-        path = build_manifest_path(number)
-        if files.create(path, data) or files.read(path) == data:
+        if create_or_read_back(files, build_manifest_path(number), serialize_manifest(snapshot)):
             return Manifest(number=number, plan_fingerprint=plan_fingerprint, table=snapshot.table)
     raise OutsideError(f"{files.url}: could not write a manifest: others kept writing; run the command again")
 

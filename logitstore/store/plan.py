@@ -1,4 +1,8 @@
-"""plan.json: what a store is a capture of. Written once, create-only; everything else refers to its fingerprint."""
+"""plan.json: what a store is a capture of. Written once, create-only; everything else refers to its fingerprint.
+
+A plan of format version 1 is fixed: a store holds the corpus it was planned with, and more text means another store.
+Stores that grow need plans that may be extended, which a later format version is for.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +10,24 @@ import hashlib
 import json
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import PrivateAttr, ValidationError
 
 from logitstore.corpus.documents import CorpusFile
 from logitstore.corpus.sequences import SequenceSettings
 from logitstore.corpus.units import UnitTable
-from logitstore.errors import IncompatibleStoreError, OutsideError, StoreNotFoundError
+from logitstore.errors import IncompatibleStoreError, StoreNotFoundError
 from logitstore.settings import Settings
 from logitstore.shard.layout import FORMAT_VERSION
 from logitstore.shard.writer import ShardSettings
+from logitstore.store.create_only import check_create_only, create_or_read_back
 from logitstore.store.files import StoreFiles
 from logitstore.teacher.protocol import Method, TeacherIdentity
 
 PLAN_PATH = "plan.json"
+_NOT_COMPARED = frozenset({"created_by", "created_at", "single_writer"})
+# Where the weights were found and which release ran them explains small differences between attempts; it does not make
+# another store.
+_NOT_COMPARED_OF_TEACHER = frozenset({"model", "tokenizer", "engine_version"})
 
 
 class CorpusPlan(Settings):
@@ -33,8 +42,8 @@ class CorpusPlan(Settings):
 class StorePlan(Settings):
     """Everything that decides what a store's records are.
 
-    `units` is the columnar unit table (`UnitTable.to_json`). `created_by` and `created_at` are for people and do not
-    count when two plans are compared.
+    `units` is the columnar unit table (`UnitTable.to_json`). `created_by` and `created_at` are for people and, like
+    `single_writer`, do not count when two plans are compared.
     """
 
     format_version: int = FORMAT_VERSION
@@ -48,30 +57,35 @@ class StorePlan(Settings):
     single_writer: bool = False
     created_by: str = ""
     created_at: str = ""
+    # What plan.json holds, of a plan that was read: a setting that a later release adds must not change a fingerprint.
+    _stored: dict[str, Any] | None = PrivateAttr(default=None)
 
     def build_unit_table(self) -> UnitTable:
         return UnitTable.from_json(self.units)
 
     def compute_fingerprint(self) -> str:
-        """SHA-256 of what decides the records, as canonical JSON."""
-        return hashlib.sha256(json.dumps(self._identity(), sort_keys=True).encode()).hexdigest()
+        """SHA-256 of what decides the records, as canonical JSON; of a plan that was read, as it is stored."""
+        values = self._dump_identity() if self._stored is None else _drop_what_does_not_count(self._stored)
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def find_differences(self, other: StorePlan) -> list[str]:
-        """Lines of 'in the store / in this capture' for every part that differs."""
-        mine, theirs = _flatten(self._identity()), _flatten(other._identity())
+        """Lines of 'in the store / in this capture' for every part that differs; none for plans of the same store."""
+        mine, theirs = _flatten(self._dump_identity()), _flatten(other._dump_identity())
         lines = []
         for key in sorted(mine.keys() | theirs.keys()):
             if mine.get(key) != theirs.get(key):
                 lines.append(f"{key}\n    in the store:     {mine.get(key)}\n    in this capture:  {theirs.get(key)}")
         return lines
 
-    def _identity(self) -> dict[str, Any]:
-        values = self.model_dump(mode="json", exclude={"created_by", "created_at"})
-        # Where the weights were found and which release ran them explains small differences between attempts; it does
-        # not make another store.
-        for name in ("model", "tokenizer", "engine_version"):
-            del values["teacher"][name]
-        return values
+    def _dump_identity(self) -> dict[str, Any]:
+        return _drop_what_does_not_count(self.model_dump(mode="json"))
+
+
+def _drop_what_does_not_count(values: dict[str, Any]) -> dict[str, Any]:
+    """A plan's values without those that may differ between captures into one store."""
+    kept = {name: value for name, value in values.items() if name not in _NOT_COMPARED}
+    kept["teacher"] = {name: value for name, value in kept["teacher"].items() if name not in _NOT_COMPARED_OF_TEACHER}
+    return kept
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
@@ -102,49 +116,53 @@ def read_plan(files: StoreFiles) -> StorePlan:
         raise StoreNotFoundError(
             f"{files.url}: expected a store, found no {PLAN_PATH}; check the address, or run 'logitstore capture' first"
         ) from None
+    return _parse_plan(raw, files.url)
+
+
+def _parse_plan(raw: bytes, url: str) -> StorePlan:
     try:
         values = json.loads(raw)
         version = values["format_version"]
     except (ValueError, KeyError, TypeError) as error:
-        raise IncompatibleStoreError(f"{files.url}/{PLAN_PATH}: expected a store's plan, found {error!r}") from None
+        raise IncompatibleStoreError(f"{url}/{PLAN_PATH}: expected a store's plan, found {error!r}") from None
     if version != FORMAT_VERSION:
         raise IncompatibleStoreError(
-            f"{files.url}: format version differs\n  in the store: {version}\n  this program reads: {FORMAT_VERSION}\n"
+            f"{url}: format version differs\n  in the store: {version}\n  this program reads: {FORMAT_VERSION}\n"
             "install a logitstore that reads that version"
         )
     try:
-        return StorePlan.model_validate(values)
+        plan = StorePlan.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         raise IncompatibleStoreError(
-            f"{files.url}/{PLAN_PATH}: expected a store's plan, found {key}: {first['msg']}"
+            f"{url}/{PLAN_PATH}: expected a store's plan, found {key}: {first['msg']}"
         ) from None
+    plan._stored = values
+    return plan
 
 
 def create_plan(files: StoreFiles, plan: StorePlan) -> StorePlan:
-    """Make a plan the store's plan, or join the store if it has the same one already.
+    """Make a plan the store's plan, or join the store if it has the same one already; returns the stored plan.
 
     Raises:
         IncompatibleStoreError: the store holds another plan (both sides are printed), or its storage does not keep
             the promise of create-only objects and the plan does not say `single_writer`.
+        OutsideError: the storage failed.
     """
-    for _ in range(3):
-        try:
-            existing = read_plan(files)
-        except StoreNotFoundError:
-            if not plan.single_writer:
-                files.check_create_only()
-            if files.create(PLAN_PATH, plan.model_dump_json(indent=1).encode()):
-                return plan
-            continue  # somebody was faster, or our own answer got lost: read it
-        if existing.compute_fingerprint() == plan.compute_fingerprint():
-            return existing
-        differences = "\n  ".join(existing.find_differences(plan))
+    try:
+        existing = read_plan(files)
+    except StoreNotFoundError:
+        if not plan.single_writer:
+            check_create_only(files)
+        data = plan.model_dump_json(indent=1).encode()
+        if create_or_read_back(files, PLAN_PATH, data):
+            return _parse_plan(data, files.url)
+        existing = read_plan(files)  # somebody was faster
+    if differences := existing.find_differences(plan):
+        listed = "\n  ".join(differences)
         raise IncompatibleStoreError(
-            f"{files.url}: this store was planned with other settings:\n  {differences}\n"
+            f"{files.url}: this store was planned with other settings:\n  {listed}\n"
             "capture into a new store, or use the settings the store was made with"
         )
-    raise OutsideError(
-        f"{files.url}/{PLAN_PATH}: the storage says it exists and that it does not; run the command again"
-    )
+    return existing

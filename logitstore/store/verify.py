@@ -1,10 +1,9 @@
-"""Hold a store to its word: recompute everything from bytes, say what is wrong where, and mend what can be mended."""
+"""Hold a store to its word: recompute everything from bytes, and say what is wrong where."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from logitstore.errors import CorruptShardError, IncompatibleStoreError, LogitStoreError
+from logitstore.errors import CorruptShardError, IncompatibleStoreError, LogitStoreError, StoreNotFoundError
 from logitstore.shard.invariants import find_violations
 from logitstore.shard.layout import DOCUMENT_COLUMNS, SIGNAL_COLUMNS
 from logitstore.shard.reader import decode_row_group, read_footer
@@ -27,30 +26,42 @@ from logitstore.store.commit import (
     parse_commit,
 )
 from logitstore.store.files import StoredFile, StoreFiles
-from logitstore.store.manifest import Manifest, list_manifests, read_manifest, take_snapshot, write_manifest
+from logitstore.store.manifest import Manifest, build_manifest_path, list_manifests, read_manifest, take_snapshot
 from logitstore.store.plan import StorePlan, read_plan
 
 # Shards verified at once: each holds one shard in memory.
 PARALLEL_SHARDS = 2
-DEFAULT_GRACE_SECONDS = 24 * 3600.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One thing that is wrong: the object, what was found, and the command that mends it."""
+    """One thing that is wrong: the object, what was found, and the command that mends it.
+
+    `unit` is what has to be captured again, `damaged_manifest` the number of a manifest that nobody can read.
+    """
 
     path: str
     what: str
     what_to_do: str
     unit: int | None = None
+    damaged_manifest: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """Outcome of `verify_store`; the counts are of what was recomputed and found right."""
+    """Outcome of `verify_store`.
+
+    Attributes:
+        units, units_planned: committed, and planned.
+        quarantined: units that failed too often and are not committed. The store is without their records, and no
+            problem is reported for them: a finished capture is not a complete one.
+        records, positions, bytes: of the units that were recomputed and found right.
+        problems: what is wrong.
+    """
 
     units: int
     units_planned: int
+    quarantined: int
     records: int
     positions: int
     bytes: int
@@ -71,7 +82,8 @@ def verify_store(
         quick: only metadata: commits, sizes and manifests; no shard is read.
         report: called with (units done, units committed) as the work goes on.
     Raises:
-        StoreNotFoundError, IncompatibleStoreError: there is no store to verify, or it is not readable at all.
+        StoreNotFoundError, IncompatibleStoreError: there is no store to verify, or a program with another format
+            version wrote it or a commit in it.
     """
     plan = read_plan(files)
     fingerprint = plan.compute_fingerprint()
@@ -93,12 +105,13 @@ def verify_store(
                 num_bytes += commit.shard.bytes
             if report is not None:
                 report(done, len(units))
-    if not problems:
-        is_finished = len(set(units) | set(list_units(files, QUARANTINE))) >= num_units
-        problems.extend(_verify_manifest(files, fingerprint, is_finished=is_finished))
+    quarantined = set(list_units(files, QUARANTINE)) - set(units)
+    is_finished = len(units) + len(quarantined) >= num_units
+    problems.extend(_verify_manifests(files, fingerprint, is_finished=is_finished, has_damaged_units=bool(problems)))
     return Verification(
         units=len(units),
         units_planned=num_units,
+        quarantined=len(quarantined),
         records=records,
         positions=positions,
         bytes=num_bytes,
@@ -124,7 +137,9 @@ def _verify_unit(
 
     try:
         commit = parse_commit(files.read(path), path)
-    except (CorruptShardError, FileNotFoundError) as error:
+    except FileNotFoundError:  # taken back since it was listed
+        return None, []
+    except CorruptShardError as error:
         return None, [problem(path, str(error))]
     found = [problem(path, what) for what in _find_commit_problems(commit, fingerprint, unit, num_units)]
     if commit.file is None or commit.shard is None or found:
@@ -202,24 +217,34 @@ def _compare_statistics(index: int, committed: RowGroup, found: dict[str, object
             yield f"row group {index}: {name}: the commit says {expected}, the bytes say {value}"
 
 
-def _verify_manifest(files: StoreFiles, fingerprint: str, *, is_finished: bool) -> Iterator[Problem]:
-    """The newest manifest must be readable and list what is committed: all of it, once the capture is finished."""
+def _verify_manifests(
+    files: StoreFiles, fingerprint: str, *, is_finished: bool, has_damaged_units: bool
+) -> Iterator[Problem]:
+    """All manifests must be readable, and the newest one list what is committed: all of it, once the capture ended."""
     numbers = list_manifests(files)
     rebuild = f"run 'logitstore verify {files.url} --repair' to write a new manifest"
-    live = take_snapshot(files, fingerprint, None)
-    if not numbers and not is_finished:
+    newest: Manifest | None = None
+    for number in numbers:
+        path = build_manifest_path(number)
+        newest = None
+        try:
+            newest = read_manifest(files, number)
+        except CorruptShardError as error:
+            remove = f"run 'logitstore verify {files.url} --repair' to write a new manifest and remove this one"
+            yield Problem(path=path, what=str(error), what_to_do=remove, damaged_manifest=number)
+        except IncompatibleStoreError as error:
+            yield Problem(path=path, what=str(error), what_to_do="use the logitstore that wrote it")
+        except StoreNotFoundError:  # removed by a repair since it was listed
+            continue
+    if has_damaged_units:  # their commits may be unreadable, and the next manifest will be without them
         return
-    if not numbers:
+    if not numbers and is_finished:
         yield Problem(path="manifest-*.parquet", what="there is no manifest yet", what_to_do=rebuild)
+    if newest is None:
         return
-    path = f"manifest-{numbers[-1]:06d}.parquet"
-    try:
-        stored = read_manifest(files, numbers[-1])
-    except (CorruptShardError, IncompatibleStoreError) as error:
-        yield Problem(path=path, what=str(error), what_to_do=rebuild)
-        return
-    if (what := _compare_manifests(stored, live, is_finished=is_finished)) is not None:
-        yield Problem(path=path, what=what, what_to_do=rebuild)
+    live = take_snapshot(files, fingerprint, None)
+    if (what := _compare_manifests(newest, live, is_finished=is_finished)) is not None:
+        yield Problem(path=build_manifest_path(numbers[-1]), what=what, what_to_do=rebuild)
 
 
 def _compare_manifests(stored: Manifest, live: Manifest, *, is_finished: bool) -> str | None:
@@ -231,46 +256,10 @@ def _compare_manifests(stored: Manifest, live: Manifest, *, is_finished: bool) -
     listed = live.table
     if not is_finished:  # what was committed since belongs into the next manifest
         listed = listed.filter(pc.is_in(listed["unit"], pa.array(stored.units)))
-    if stored.table.combine_chunks().equals(listed.combine_chunks()):
+    if stored.table.equals(listed):
         return None
     missing = sorted(set(live.units.tolist()) - set(stored.units.tolist()))
     surplus = sorted(set(stored.units.tolist()) - set(live.units.tolist()))
     if not missing and not surplus:
         return "its entries differ from the commits"
     return f"units committed but not listed: {missing[:10]}; listed but not committed: {surplus[:10]}"
-
-
-def repair_store(files: StoreFiles, verification: Verification) -> list[int]:
-    """Take the commits of damaged units back, so that the next capture does them again, and write a new manifest.
-
-    Returns the units that have to be captured again. Shards are left to garbage collection.
-    """
-    damaged = sorted({problem.unit for problem in verification.problems if problem.unit is not None})
-    for unit in damaged:
-        files.delete(build_commit_path(unit))
-    write_manifest(files, read_plan(files).compute_fingerprint())
-    return damaged
-
-
-def find_garbage(
-    files: StoreFiles, *, grace_seconds: float = DEFAULT_GRACE_SECONDS, now: float | None = None
-) -> list[StoredFile]:
-    """Data files that no commit and no manifest names and that are older than the grace period.
-
-    A running capture uploads a shard before it commits it: the grace period keeps those. A file of unknown age is kept.
-    """
-    now = time.time() if now is None else now
-    garbage = [file for file in files.list(DATA) if file.modified is not None and file.modified < now - grace_seconds]
-    if not garbage:
-        return []
-    fingerprint = read_plan(files).compute_fingerprint()
-    referenced = set(take_snapshot(files, fingerprint, None).table["file"].to_pylist())
-    for number in list_manifests(files):  # a pinned manifest must stay readable
-        referenced.update(read_manifest(files, number).table["file"].to_pylist())
-    return [file for file in garbage if f"{DATA}/{file.name}" not in referenced]
-
-
-def delete_garbage(files: StoreFiles, garbage: list[StoredFile]) -> None:
-    """Delete what `find_garbage` found."""
-    for file in garbage:
-        files.delete(f"{DATA}/{file.name}")

@@ -21,7 +21,8 @@ class RecordStream:
     """This rank's records of global batch 0, 1, 2, … of a store, over epochs without end.
 
     The state is one integer: `step`, the global batch that comes next. The same global batches come at any world size
-    that divides the batch. An error in a reading thread is raised by `next`, at the step that needs the data.
+    that divides the batch. An error in a reading thread is raised by `next`, at the step that needs the data; calling
+    `next` again asks for the data again, so a loop may decide to outwait a storage that is away for longer.
 
     Args:
         store: an open store.
@@ -99,7 +100,7 @@ class RecordStream:
         for step in range(self.step + 1, self.step + 1 + self._read_ahead_steps):
             self._plan(step)
         records = [
-            self._reads[row_group].result().record(record)
+            self._get(row_group).record(record)
             for row_group, record in zip(batch.row_groups.tolist(), batch.records.tolist(), strict=True)
         ]
         joined = RecordBatch.from_records(records)
@@ -144,13 +145,25 @@ class RecordStream:
             for row_group in np.unique(batch.row_groups).tolist():
                 last_step = self.order.find_last_step(step, row_group)
                 self._last_steps[row_group] = max(last_step, self._last_steps.get(row_group, 0))
-                if row_group not in self._reads:
-                    index = int(self._row_groups[row_group])
-                    self._reads[row_group] = self._pool.submit(self._store.read_row_group, index)
+                self._ask(row_group)
         return self._planned[step]
+
+    def _ask(self, row_group: int) -> Future[RecordBatch]:
+        if row_group not in self._reads:
+            index = int(self._row_groups[row_group])
+            self._reads[row_group] = self._pool.submit(self._store.read_row_group, index)
+        return self._reads[row_group]
+
+    def _get(self, row_group: int) -> RecordBatch:
+        try:
+            return self._ask(row_group).result()
+        except Exception:
+            self._reads = {r: read for r, read in self._reads.items() if not (read.done() and read.exception())}
+            raise
 
     def _release(self, step: int) -> None:
         """Let go of what no later step of this epoch needs, unless a later epoch has asked for it."""
         del self._planned[step]
         for row_group in [r for r, last_step in self._last_steps.items() if last_step <= step]:
-            del self._last_steps[row_group], self._reads[row_group]
+            del self._last_steps[row_group]
+            self._reads.pop(row_group, None)  # not there where it failed after its last use was planned

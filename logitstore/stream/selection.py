@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow.compute as pc
 from pydantic import model_validator
 
 from logitstore.errors import ConfigError
@@ -39,10 +40,11 @@ def split_row_groups(store: LogitStore, held_out: HeldOut | None) -> tuple[np.nd
         return everything, everything[:0]
     rows = store.manifest.row_groups
     if held_out.source is not None:
-        is_held = np.array(rows["source"].to_pylist(), dtype=object) == held_out.source
+        is_held = pc.equal(rows["source"], held_out.source).to_numpy()
     else:
         assert held_out.fraction is not None
-        keys = np.array([int(digest[:13], 16) for digest in rows["sha256"].to_pylist()])
+        # The first 52 bits of the digest, as an integer.
+        keys = store.manifest.digests[:, :7].astype(np.int64) @ (1 << np.arange(48, -1, -8)) >> 4
         ranks = np.argsort(np.argsort(keys, kind="stable"), kind="stable")
         is_held = ranks < max(1, round(held_out.fraction * len(keys)))
     train, kept = everything[~is_held], everything[is_held]

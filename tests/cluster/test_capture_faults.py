@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,13 +20,15 @@ from checkout import ROOT
 from tiny_models import save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from logitstore.store.commit import COMMITS, list_units, read_quarantine
+from logitstore.store.commit import COMMITS, DATA, list_units, read_commit, read_quarantine
 from logitstore.store.files import StoreFiles
 from logitstore.store.logit_store import LogitStore
 from logitstore.store.verify import verify_store
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 NUM_DOCUMENTS = 240
+# Another job may hog the machine: a Ray that starts in 10 seconds has been seen to take minutes.
+PATIENCE_SECONDS = 250.0
 MARK = "LOGITSTORE_TEST_RUN"
 
 
@@ -69,7 +72,7 @@ class Processes:
             os.kill(process, signal.SIGKILL)
 
 
-def wait_until(condition: Callable[[], bool], what: str, seconds: float = 120.0) -> None:
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = PATIENCE_SECONDS) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"waited {seconds} s in vain for {what}"
@@ -121,10 +124,17 @@ def check_store_is_whole(settings: Path) -> None:
     assert verification.records == len(store)
 
 
-def finish(process: subprocess.Popen[str]) -> dict[str, object]:
-    output, errors = process.communicate(timeout=200)
+def list_unreferenced(settings: Path) -> set[str]:
+    """Data files that no commit names: garbage of attempts that were killed, or that lost."""
+    files = StoreFiles(str(settings.parent / "store"))
+    stored = {f"{DATA}/{file.name}" for file in files.list(DATA)}
+    return stored - {read_commit(files, unit).file for unit in list_units(files, COMMITS)}
+
+
+def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
+    output, errors = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 0, errors
-    summary: dict[str, object] = json.loads(output)
+    summary: dict[str, Any] = json.loads(output)
     return summary
 
 
@@ -141,11 +151,14 @@ def test_capture_whose_driver_and_then_an_actor_are_killed_ends_whole(processes:
     actors = processes.find("ray::CaptureActor")
     assert actors
     os.kill(actors[0], signal.SIGKILL)
-    finish(second)
+    run = finish(second)["run"]
+    assert run["actor_losses"] >= 1
+    assert run["failures"] == 0
+    assert run["units_before"] >= after_kill
     check_store_is_whole(settings)
 
-    done = processes.start(settings)
-    finish(done)
+    done = finish(processes.start(settings))["run"]
+    assert (done["units_before"], done["units_captured"]) == (count_commits(settings), 0)
     check_store_is_whole(settings)
     wait_until(lambda: not processes.find(), "all processes to end")
 
@@ -153,7 +166,7 @@ def test_capture_whose_driver_and_then_an_actor_are_killed_ends_whole(processes:
 def test_capture_rerun_with_other_settings_is_refused_with_both_sides(processes: Processes, settings: Path) -> None:
     finish(processes.start(settings))
     process = processes.start(settings, "method.k=4")
-    output, errors = process.communicate(timeout=200)
+    output, errors = process.communicate(timeout=PATIENCE_SECONDS)
     assert (process.returncode, output) == (3, "")
     assert "in the store:     8" in errors
     assert "in this capture:  4" in errors
@@ -162,9 +175,13 @@ def test_capture_rerun_with_other_settings_is_refused_with_both_sides(processes:
 
 def test_two_drivers_at_once_commit_every_unit_once(processes: Processes, settings: Path) -> None:
     both = [processes.start(settings) for _ in range(2)]
-    for process in both:
-        finish(process)
+    runs = [finish(process)["run"] for process in both]
     check_store_is_whole(settings)
+    # Neither driver lost an actor, so each commit was reported by the one that won it.
+    assert sum(run["units_captured"] for run in runs) == count_commits(settings)
+    assert sum(run["documents"] for run in runs) == NUM_DOCUMENTS
+    assert [(run["failures"], run["actor_losses"]) for run in runs] == [(0, 0), (0, 0)]
+    assert list_unreferenced(settings) == set()
 
 
 def poison(teacher: Path, text: str) -> None:
@@ -185,15 +202,16 @@ def test_unit_that_always_fails_is_set_aside_and_the_others_are_captured(
     lines[100] = json.dumps({"text": "here it comes: Ω"})
     corpus.write_text("\n".join(lines) + "\n")
     process = processes.start(settings)
-    output, errors = process.communicate(timeout=200)
+    output, errors = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 3, errors
     summary = json.loads(output)
     files = StoreFiles(str(tmp_path / "store"))
     [entry] = read_quarantine(files)
     assert "logits" in entry.error
+    assert ", in capture\n" in entry.error  # the actor's traceback
     assert entry.attempts == 3
+    assert summary["run"]["failures"] >= 3
     num_units = len(LogitStore.open(files.url).plan.build_unit_table())
     assert set(list_units(files, COMMITS)) == set(range(num_units)) - {entry.unit}
     assert verify_store(files).is_clean
     assert str(entry.unit) in errors
-    assert summary

@@ -14,7 +14,7 @@ import zstandard
 from logitstore.corpus.blocks import read_blocks
 from logitstore.corpus.documents import DeadLetter, Document, read_documents
 from logitstore.corpus.files import CorpusFile, CorpusSettings, list_corpus_files
-from logitstore.errors import ConfigError, IncompatibleStoreError
+from logitstore.errors import CorpusError, IncompatibleStoreError
 
 WriteFile = Callable[[str, bytes], CorpusFile]
 ReadAll = Callable[..., list[Document | DeadLetter]]
@@ -201,7 +201,7 @@ def test_compressed_file_cut_short_or_damaged_is_refused(suffix: str, tmp_path: 
     for content in (whole[:-1], whole[: len(whole) // 2], whole[:10], whole + b"garbage at the end", damaged):
         (tmp_path / f"a.jsonl{suffix}").write_bytes(content)
         (file,) = list_corpus_files(CorpusSettings(files=[f"{tmp_path}/a.jsonl{suffix}"]))
-        with pytest.raises(ConfigError, match=r"expected whole (gzip|zstd) data, found: .*; replace the file"):
+        with pytest.raises(CorpusError, match=r"expected whole (gzip|zstd) data, found: .*; replace the file"):
             read_all(file)
 
 
@@ -215,7 +215,7 @@ def test_file_that_changed_its_size_prints_both_sizes(write_file: WriteFile, rea
 def test_file_that_is_gone_is_named(write_file: WriteFile, read_all: ReadAll) -> None:
     file = write_file("a.jsonl", b"{}")
     Path(file.path).unlink()
-    with pytest.raises(ConfigError, match=r"a\.jsonl: expected a file, found nothing"):
+    with pytest.raises(CorpusError, match=r"a\.jsonl: expected a file, found nothing"):
         read_all(file)
 
 

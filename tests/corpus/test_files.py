@@ -5,8 +5,8 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from logitstore.corpus.files import CorpusFile, CorpusSettings, list_corpus_files
-from logitstore.errors import ConfigError
+from logitstore.corpus.files import CorpusFile, CorpusSettings, list_corpus_files, reading
+from logitstore.errors import ConfigError, OutsideError
 from logitstore.settings import build_settings
 
 
@@ -115,3 +115,23 @@ def test_corpus_file_survives_json(folder: Path) -> None:
 def test_settings_without_exactly_one_list_of_files_are_refused(values: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=r"corpus: 1 setting\(s\) cannot be used"):
         build_settings(CorpusSettings, values, where="corpus")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("ClientConnectionError", OutsideError), ("NoCredentialsError", ConfigError)]
+)
+def test_reading_translates_errors_that_are_no_os_errors(name: str, expected: type[Exception]) -> None:
+    with pytest.raises(expected, match=r"s3://bucket/a\.jsonl"), reading("s3://bucket/a.jsonl"):
+        raise type(name, (Exception,), {})("no answer")
+
+
+def test_reading_lets_a_bug_through() -> None:
+    with pytest.raises(TypeError, match="a bug"), reading("s3://bucket/a.jsonl"):
+        raise TypeError("a bug")
+
+
+@pytest.mark.parametrize("url", ["ftp://user:hunter2@host/*.jsonl", "https://host/a.jsonl?token=hunter2"])
+def test_listing_of_a_url_with_a_secret_is_refused_without_printing_it(url: str) -> None:
+    with pytest.raises(ConfigError, match="expected a URL without secrets") as raised:
+        list_corpus_files(CorpusSettings(files=[url]))
+    assert "hunter2" not in str(raised.value)

@@ -10,7 +10,7 @@ import pytest
 from logitstore.corpus.documents import DeadLetter, Document
 from logitstore.corpus.files import CorpusFile, CorpusSettings, list_corpus_files
 from logitstore.corpus.parquet import read_row_group_bytes
-from logitstore.errors import ConfigError
+from logitstore.errors import ConfigError, CorpusError
 
 ReadAll = Callable[..., list[Document | DeadLetter]]
 TEXTS = ["zero", "", None, "x" * 200, "four", " \n", "six"]
@@ -100,7 +100,7 @@ def test_parquet_without_the_column_says_what_it_has(
 def test_file_that_is_no_parquet_is_refused(tmp_path: Path, read_all: ReadAll) -> None:
     (tmp_path / "a.parquet").write_bytes(b"not parquet at all")
     (file,) = list_corpus_files(CorpusSettings(files=[f"{tmp_path}/a.parquet"]))
-    with pytest.raises(ConfigError, match="expected a Parquet file, found"):
+    with pytest.raises(CorpusError, match="expected a Parquet file, found"):
         read_all(file)
 
 

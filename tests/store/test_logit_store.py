@@ -11,8 +11,15 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from made_up import VOCAB_SIZE, build_records
 
-from logitstore.errors import CorruptShardError, IncompatibleStoreError, StoreNotFoundError
+from logitstore.errors import (
+    ConfigError,
+    CorruptShardError,
+    IncompatibleStoreError,
+    OutsideError,
+    StoreNotFoundError,
+)
 from logitstore.records import RecordAddress
+from logitstore.store.files import StoreFiles
 from logitstore.store.logit_store import LogitStore
 
 BuildStore = Callable[..., LogitStore]
@@ -71,6 +78,39 @@ def test_store_of_two_sources_reports_each(build_store: BuildStore) -> None:
 def test_store_pickled_opens_the_same_manifest(store: LogitStore) -> None:
     copy = pickle.loads(pickle.dumps(store))
     assert (copy.manifest_number, copy.fingerprint) == (store.manifest_number, store.fingerprint)
+
+
+def test_live_snapshot_refuses_to_be_pickled(store: LogitStore) -> None:
+    with pytest.raises(ConfigError, match="a live snapshot cannot be pickled"):
+        pickle.dumps(LogitStore.open(store.url, "live"))
+
+
+def test_store_keeps_no_python_object_per_row_group(store: LogitStore) -> None:
+    held = [value for value in vars(store).values() if isinstance(value, list | dict | tuple)]
+    assert max(map(len, held)) < store.num_row_groups
+
+
+def test_read_that_fails_is_tried_again_after_each_wait(store: LogitStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    failures = 3
+    read = StoreFiles.read
+
+    def fail_at_first(self: StoreFiles, path: str, start: int | None = None, stop: int | None = None) -> bytes:
+        nonlocal failures
+        if failures:
+            failures -= 1
+            raise OutsideError("connection reset")
+        return read(self, path, start, stop)
+
+    monkeypatch.setattr(StoreFiles, "read", fail_at_first)
+    monkeypatch.setattr("logitstore.store.logit_store.time.sleep", waited.append)
+    patient = LogitStore(store._files, store.plan, store.manifest, retry_waits_seconds=(1, 2, 3))
+    np.testing.assert_array_equal(patient[0].token_ids, build_records(20, vocab_size=VOCAB_SIZE)[0].token_ids)
+    assert waited == [1, 2, 3]
+    failures = 4
+    with pytest.raises(OutsideError, match="connection reset"):
+        patient.read_row_group(0)
+    assert waited == [1, 2, 3] * 2
 
 
 def test_open_without_store_says_what_to_do(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from logitstore.errors import ConfigError, CorruptShardError, IncompatibleStoreError
+from logitstore.errors import ConfigError, CorruptShardError, IncompatibleStoreError, OutsideError
 from logitstore.records import RecordAddress
+from logitstore.store.files import StoreFiles
 from logitstore.store.logit_store import LogitStore
 from logitstore.stream.iterator import RecordStream
 from logitstore.stream.selection import HeldOut, split_row_groups
@@ -107,6 +108,30 @@ def test_stream_over_damaged_bytes_raises_at_the_step_that_needs_them(store: Log
     with pytest.raises(CorruptShardError, match=path.name):
         delivered.extend(batch.addresses() for batch in islice(stream, 17))
     assert delivered == clean[: len(delivered)]
+
+
+def test_stream_whose_storage_was_away_goes_on_where_it_stopped(
+    store: LogitStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = take(RecordStream(store, global_batch_sequences=4), 17)
+    stream = RecordStream(LogitStore.open(store.url, retry_waits_seconds=()), global_batch_sequences=4)
+    delivered = take(stream, 3)
+    stream._forget()  # nothing is left of what was read ahead
+    with monkeypatch.context() as away:
+        away.setattr(StoreFiles, "read", raise_outside_error)
+        for _ in range(2):
+            with pytest.raises(OutsideError, match="away"):
+                next(stream)
+    for _ in range(17 + store.num_row_groups):  # reads that were asked for meanwhile may have failed: once each
+        try:
+            delivered.extend(take(stream, 1) if len(delivered) < 17 else [])
+        except OutsideError:
+            continue
+    assert delivered == whole
+
+
+def raise_outside_error(*_: object, **__: object) -> bytes:
+    raise OutsideError("storage is away")
 
 
 def test_stream_state_of_other_settings_is_refused_with_both_sides(store: LogitStore) -> None:

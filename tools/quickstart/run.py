@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.connection import connect
-from cluster.driver import CaptureReport, run_capture
+from cluster.driver import run_capture
+from cluster.report import CaptureReport, report_finished_capture
 from cluster.settings import ClusterCaptureSettings
 from logitstore.errors import CaptureError, ConfigError, CorruptShardError
 from logitstore.settings import read_settings
@@ -151,8 +152,11 @@ def _capture(folder: Path) -> CaptureReport:
     sources = values["corpus"]["sources"]
     values["corpus"]["sources"] = {name: [str(folder / "corpus" / f"{name}.jsonl")] for name in sources}
     path = _write_settings(folder / "capture.yaml", values)
-    with connect(None, num_cpus=2):
-        report = run_capture(read_settings(ClusterCaptureSettings, path))
+    settings = read_settings(ClusterCaptureSettings, path)
+    report = report_finished_capture(settings)
+    if report is None:
+        with connect(None, num_cpus=2):
+            report = run_capture(settings)
     if report.quarantined_units:
         raise CaptureError(
             f"{values['store']}: units {report.quarantined_units} were set aside; run 'logitstore status'"

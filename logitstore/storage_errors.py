@@ -1,0 +1,71 @@
+"""What storage clients raise, turned into errors that say where and what to do.
+
+Few clients keep to OSError: below fsspec lie botocore, aiohttp, google-cloud and azure, each with classes of its own.
+So everything counts as trouble outside of the program unless it is known to be something else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from logitstore.errors import ConfigError, LogitStoreError, OutsideError
+
+# Raised by mistakes in a program, never by a storage that answers badly.
+_PROGRAMMING_ERRORS = (TypeError, AttributeError, AssertionError, LookupError, NameError, MemoryError, RecursionError)
+_DENIED_CLASS = re.compile("Credential|Forbidden|Unauthorized|AccessDenied|Authentication")
+_DENIED_MESSAGE = re.compile(r"\s*(Forbidden|Unauthorized|40[13]\b)")
+
+
+@contextmanager
+def storage_errors(where: str) -> Iterator[None]:
+    """Translate what storage clients raise inside; FileNotFoundError and the project's own errors pass as they are.
+
+    Raises:
+        ConfigError: access is denied, credentials are missing, a folder is where a file should be or the other way
+            round, or the storage cannot do what was asked at all.
+        OutsideError: anything else that went wrong in the storage.
+    """
+    try:
+        yield
+    except (LogitStoreError, FileNotFoundError, *_PROGRAMMING_ERRORS):
+        raise
+    except (NotADirectoryError, IsADirectoryError) as error:
+        raise ConfigError(
+            f"{where}: expected folders above and a file at the end, found {error}; check the address"
+        ) from error
+    except NotImplementedError as error:
+        raise ConfigError(
+            f"{where}: this kind of storage cannot do what was asked ({error!r}); use another kind"
+        ) from error
+    except Exception as error:
+        if is_denied(error):
+            raise ConfigError(f"{where}: access denied ({error}); check the credentials of this storage") from error
+        raise OutsideError(f"{where}: storage failed with {error!r}; run the command again") from error
+
+
+def is_denied(error: Exception) -> bool:
+    """Whether an error says that credentials are missing, wrong or not enough."""
+    return (
+        isinstance(error, PermissionError)
+        or _DENIED_CLASS.search(type(error).__name__) is not None
+        or _DENIED_MESSAGE.match(str(error)) is not None
+        or find_status(error) in (401, 403)
+    )
+
+
+def find_status(error: BaseException | None) -> int | None:
+    """The HTTP status that an error or its cause carries, under the names that clients use for it."""
+    while error is not None:
+        response = getattr(error, "response", None)
+        if isinstance(response, dict):  # botocore
+            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            if isinstance(status, int):
+                return status
+        for name in ("status", "status_code", "code"):  # aiohttp, azure, gcsfs
+            status = getattr(error, name, None)
+            if isinstance(status, int):
+                return status
+        error = error.__cause__
+    return None

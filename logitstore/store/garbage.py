@@ -1,0 +1,80 @@
+"""What a store holds that belongs to nothing: shards of attempts that lost or were killed, and unfinished writes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from logitstore.errors import CorruptShardError
+from logitstore.store.commit import COMMITS, DATA, QUARANTINE
+from logitstore.store.files import StoredFile, StoreFiles
+from logitstore.store.manifest import list_manifests, read_manifest, take_snapshot
+from logitstore.store.plan import read_plan
+
+DEFAULT_GRACE_SECONDS = 24 * 3600.0
+_PROBES = "probe"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Garbage:
+    """One object that nothing refers to; `path` is relative to the store."""
+
+    path: str
+    bytes: int
+
+
+def find_garbage(
+    files: StoreFiles, *, grace_seconds: float = DEFAULT_GRACE_SECONDS, now: float | None = None
+) -> list[Garbage]:
+    """What is older than the grace period and belongs to nothing, by path.
+
+    That is: data files that no commit and no manifest names, what killed writes left on a local file system, and
+    probes. A running capture uploads a shard before it commits it: the grace period keeps those. An object of unknown
+    age is kept.
+
+    Raises:
+        StoreNotFoundError: there is no store.
+        CorruptShardError: a manifest or commit is damaged. What it keeps alive is unknown, so nothing is garbage until
+            `repair_store` has removed it.
+        IncompatibleStoreError: a program with another format version has written to the store.
+    """
+    fingerprint = read_plan(files).compute_fingerprint()
+    before = (time.time() if now is None else now) - grace_seconds
+    shards = _select_old(DATA, files.list(DATA), before)
+    garbage = _select_old(_PROBES, files.list(_PROBES), before)
+    for folder in ("", COMMITS, DATA, QUARANTINE, _PROBES):
+        garbage += _select_old(folder, files.list_leftovers(folder), before)
+    if shards:
+        kept = _list_referenced(files, fingerprint)
+        garbage += [shard for shard in shards if shard.path not in kept]
+    return sorted(garbage, key=lambda item: item.path)
+
+
+def delete_garbage(files: StoreFiles, garbage: list[Garbage]) -> None:
+    """Delete what `find_garbage` found."""
+    for item in garbage:
+        files.delete(item.path)
+
+
+def _select_old(folder: str, listed: Sequence[StoredFile], before: float) -> list[Garbage]:
+    prefix = f"{folder}/" if folder else ""
+    return [
+        Garbage(path=f"{prefix}{file.name}", bytes=file.bytes)
+        for file in listed
+        if file.modified is not None and file.modified < before
+    ]
+
+
+def _list_referenced(files: StoreFiles, fingerprint: str) -> set[str | None]:
+    """Data files that a commit or a manifest names; a pinned manifest must stay readable."""
+    referenced: set[str | None] = set(take_snapshot(files, fingerprint, None).per_unit["file"].to_pylist())
+    for number in list_manifests(files):
+        try:
+            manifest = read_manifest(files, number)
+        except CorruptShardError as error:
+            raise CorruptShardError(
+                f"{error}, which removes it: until then nobody knows which files it lists, and nothing is deleted"
+            ) from None
+        referenced.update(manifest.per_unit["file"].to_pylist())
+    return referenced
