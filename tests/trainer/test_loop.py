@@ -300,13 +300,13 @@ def test_run_in_another_thread_than_the_main_one_trains(make_settings: MakeSetti
 
 
 def test_run_leaves_neither_its_signal_handler_nor_its_threads(make_settings: MakeSettings) -> None:
-    handler, threads = signal.getsignal(signal.SIGTERM), threading.active_count()
+    handler, threads = signal.getsignal(signal.SIGTERM), set(threading.enumerate())
     train(make_settings(steps=2))
     assert signal.getsignal(signal.SIGTERM) is handler
     for thread in threading.enumerate():
         if thread.name.startswith("logitstore-stream"):
             thread.join(timeout=10)
-    assert threading.active_count() == threads
+    assert set(threading.enumerate()) <= threads  # those of earlier tests may end meanwhile
 
 
 @pytest.mark.parametrize("changes", [{"precision": "bfloat16"}, {"student": {"dtype": "bfloat16"}}])
