@@ -306,7 +306,8 @@ def test_run_leaves_neither_its_signal_handler_nor_its_threads(make_settings: Ma
     for thread in threading.enumerate():
         if thread.name.startswith("logitstore-stream"):
             thread.join(timeout=10)
-    assert set(threading.enumerate()) <= threads  # those of earlier tests may end meanwhile
+    # Threads of earlier tests may end meanwhile; tqdm, which transformers shows progress with, keeps one for good.
+    assert [t.name for t in set(threading.enumerate()) - threads if t.name != "tqdm_monitor"] == []
 
 
 @pytest.mark.parametrize("changes", [{"precision": "bfloat16"}, {"student": {"dtype": "bfloat16"}}])
