@@ -26,6 +26,9 @@ from logitstore.url_secrets import check_url_has_no_secrets
 PARALLEL_READS = 16
 # Objects fetched ahead of a slow consumer: bounds memory at as many commits.
 _READ_AHEAD = 64
+# Their clients answer from listings they keep, also "there is no such object" of what another process has just stored.
+# Turned off by an option and not for every protocol: SSH clients, for one, refuse options they do not know.
+_LISTING_PROTOCOLS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +56,8 @@ class StoreFiles:
         self.storage_options = dict(storage_options or {})
         with storage_errors(url):  # some clients look for their credentials at once
             try:
-                self._fs, self._root = fsspec.core.url_to_fs(self.url, **self.storage_options)
+                options = _build_listing_options(self.url) | self.storage_options
+                self._fs, self._root = fsspec.core.url_to_fs(self.url, **options)
             except (ValueError, ImportError) as error:
                 raise ConfigError(f"{url}: expected a URL that fsspec can open, found {error}") from None
         self._is_local = isinstance(self._fs, LocalFileSystem)
@@ -62,14 +66,20 @@ class StoreFiles:
         return StoreFiles, (self.url, self.storage_options)
 
     def read(self, path: str, start: int | None = None, stop: int | None = None) -> bytes:
-        """Bytes [start, stop) of an object, or all of it.
+        """Bytes [start, stop) of an object, or all of it; fewer, or none, where the object ends before.
 
         Raises:
             FileNotFoundError: there is no such object.
             OutsideError: the storage failed.
         """
         with self._explain(path):
-            data: bytes = self._fs.cat_file(self._full(path), start=start, end=stop)
+            try:
+                # A start, always: asked for a whole object, s3fs first asks for its size, one more round trip.
+                data: bytes = self._fs.cat_file(self._full(path), start=start or 0, end=stop)
+            except Exception as error:
+                if _means_past_end(error):
+                    return b""
+                raise
             return data
 
     def read_many(self, paths: Sequence[str]) -> Iterator[bytes]:
@@ -131,7 +141,8 @@ class StoreFiles:
             except FileNotFoundError:
                 return []
         files = [_build_stored_file(entry) for entry in entries if entry["type"] == "file"]
-        return sorted(files, key=lambda file: file.name)
+        # Without a name: an empty object that object stores and their consoles keep in place of the folder itself.
+        return sorted((file for file in files if file.name), key=lambda file: file.name)
 
     def create(self, path: str, data: bytes) -> bool:
         """Store a small object only if nothing has that name.
@@ -193,6 +204,10 @@ class StoreFiles:
             ) from error
 
 
+def _build_listing_options(url: str) -> dict[str, Any]:
+    return {"use_listings_cache": False} if url.partition("://")[0] in _LISTING_PROTOCOLS else {}
+
+
 def _build_stored_file(entry: dict[str, Any]) -> StoredFile:
     names = ("mtime", "LastModified", "last_modified", "updated", "created")
     modified = next((entry[name] for name in names if entry.get(name) is not None), None)
@@ -217,7 +232,16 @@ def _means_exists(error: Exception) -> bool:
     """Whether a failed create says that the name is taken (or, on some servers, that it may be)."""
     if isinstance(error, FileExistsError) or type(error).__name__ == "ResourceExistsError":
         return True
-    response = getattr(error.__cause__, "response", None)
-    code = response.get("Error", {}).get("Code") if isinstance(response, dict) else None
     said = ("PreconditionFailed", "412", "ConditionalRequestConflict", "409")
-    return code in said or find_status(error) in (409, 412)
+    return _find_code(error) in said or find_status(error) in (409, 412)
+
+
+def _means_past_end(error: Exception) -> bool:
+    """Whether a failed read says that the range holds no byte of the object; files on disk are read as empty there."""
+    return _find_code(error) in ("InvalidRange", "416") or find_status(error) == 416
+
+
+def _find_code(error: Exception) -> str | None:
+    """The error code that an S3 server sent, which s3fs keeps in the cause of the OSError that it makes of it."""
+    response = getattr(error.__cause__, "response", None)
+    return response.get("Error", {}).get("Code") if isinstance(response, dict) else None
