@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from made_up import VOCAB_SIZE, build_plan, build_records, put_shard
+from s3_server import BUCKET, S3Server, run_s3_server
 
 from logitstore.records import Record
 from logitstore.store.commit import Outcome, build_attempt, commit_unit
@@ -49,3 +52,17 @@ def build_store(tmp_path: Path) -> Callable[..., LogitStore]:
 def small_store_url(build_store: Callable[..., LogitStore]) -> str:
     """URL of a small store on disk."""
     return build_store().url
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A running S3 server, one for each worker of a test run."""
+    with run_s3_server(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture
+def s3_url(s3_server: S3Server, tmp_path: Path) -> Iterator[str]:
+    """URL of an empty folder on the S3 server, whose address and credentials are in the environment of the test."""
+    with mock.patch.dict(os.environ, s3_server.build_environment(), clear=True):
+        yield f"s3://{BUCKET}/{tmp_path.name}"

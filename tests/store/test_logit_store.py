@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from fsspec.implementations.memory import MemoryFileSystem
 from made_up import VOCAB_SIZE, build_records
 
 from logitstore.errors import (
@@ -19,16 +18,16 @@ from logitstore.errors import (
     StoreNotFoundError,
 )
 from logitstore.records import RecordAddress
+from logitstore.store.commit import DATA
 from logitstore.store.files import StoreFiles
 from logitstore.store.logit_store import LogitStore
 
 BuildStore = Callable[..., LogitStore]
 
 
-@pytest.fixture(params=["file", "memory"])
-def store(request: pytest.FixtureRequest, build_store: BuildStore, tmp_path: Path) -> Iterator[LogitStore]:
-    yield build_store(None if request.param == "file" else f"memory://{tmp_path.name}")
-    MemoryFileSystem.store.clear()
+@pytest.fixture
+def store(build_store: BuildStore, store_url: str) -> LogitStore:
+    return build_store(store_url)
 
 
 def test_store_read_back_holds_every_record_as_written(store: LogitStore) -> None:
@@ -145,12 +144,15 @@ def test_reader_with_flipped_byte_names_the_file_and_part(build_store: BuildStor
 
 
 @pytest.mark.parametrize("damage", ["truncated", "gone", "emptied"])
-def test_reader_of_a_damaged_file_raises_and_never_ends_early(build_store: BuildStore, damage: str) -> None:
-    store = build_store(num_units=2)
-    path = sorted(Path(store.url).glob("data/*.parquet"))[1]
+def test_reader_of_a_damaged_file_raises_and_never_ends_early(
+    build_store: BuildStore, store_url: str, damage: str
+) -> None:
+    store = build_store(store_url, num_units=2)
+    files = StoreFiles(store.url)
+    name = files.list(DATA)[1].name
     if damage == "gone":
-        path.unlink()
+        files.delete(f"{DATA}/{name}")
     else:
-        path.write_bytes(path.read_bytes()[: 0 if damage == "emptied" else -100])
-    with pytest.raises(CorruptShardError, match=path.name):
+        files.put(f"{DATA}/{name}", files.read(f"{DATA}/{name}")[: 0 if damage == "emptied" else -100])
+    with pytest.raises(CorruptShardError, match=name):
         list(LogitStore.open(store.url))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fsspec.implementations.memory import MemoryFileSystem
 from made_up import VOCAB_SIZE, build_plan, build_records, put_shard
 
 from logitstore.errors import ConfigError, CorruptShardError, IncompatibleStoreError, OutsideError, StoreNotFoundError
@@ -78,13 +77,9 @@ class FaultyFiles(StoreFiles):
         super().delete(path)
 
 
-@pytest.fixture(params=["file", "memory"])
-def files(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[FaultyFiles]:
-    if request.param == "file":
-        yield FaultyFiles(str(tmp_path / "store"))
-        return
-    yield FaultyFiles(f"memory://{tmp_path.name}")
-    MemoryFileSystem.store.clear()
+@pytest.fixture
+def files(store_url: str) -> FaultyFiles:
+    return FaultyFiles(store_url)
 
 
 def put(files: StoreFiles, unit: int, attempt: str, folder: Path, seed: int = 0) -> Commit:
@@ -103,15 +98,15 @@ def capture_all(files: StoreFiles, folder: Path, attempt: str, num_units: int = 
     write_manifest(files, plan.compute_fingerprint())
 
 
-@pytest.mark.parametrize("kind", ["file", "memory"])
-def test_create_only_has_one_winner_of_sixteen(kind: str, tmp_path: Path) -> None:
-    files = StoreFiles(str(tmp_path) if kind == "file" else f"memory://race-{tmp_path.name}")
+def test_create_only_has_one_winner_of_sixteen(store_url: str) -> None:
+    files = StoreFiles(store_url)
     with ThreadPoolExecutor(16) as pool:
         outcomes = list(pool.map(lambda i: files.create("commits/x.json", bytes([i]) * 1000), range(16)))
     assert outcomes.count(True) == 1
     assert files.read("commits/x.json") == bytes([outcomes.index(True)]) * 1000
 
 
+@pytest.mark.parametrize("store_url", ["file", "memory", pytest.param("s3", marks=pytest.mark.slow)], indirect=True)
 def test_kill_before_any_write_leaves_a_store_that_a_rerun_completes(files: FaultyFiles, tmp_path: Path) -> None:
     """Every prefix of a capture's writes, then a rerun: each unit committed once, nothing missing, verify clean."""
     for writes in range(40):
