@@ -33,13 +33,14 @@ svg polyline { fill: none; stroke-width: 2; } .s0 { stroke: var(--s0); } .s1 { s
 circle.s0 { fill: var(--s0); } circle.s1 { fill: var(--s1); } .faint { stroke: var(--soft); stroke-dasharray: 4 4; }
 svg .bar { fill: var(--bar); } circle.faint { display: none; }
 """
-_ROWS = (
-    ("KL to the teacher, nats", "bucket_kl", ".4f", False),
-    ("calibration error, %", "calibration_error", ".2f", False),
-    ("LM loss, nats per token", "lm_loss", ".4f", False),
+# Label, field of `Evaluation`, format, and whether more is better: the comparison of students, here and in a terminal.
+COMPARED_FIGURES = (
+    ("KL to the teacher (nats)", "bucket_kl", ".4f", False),
+    ("calibration error (%)", "calibration_error", ".2f", False),
+    ("LM loss (nats per token)", "lm_loss", ".4f", False),
     ("perplexity", "perplexity", ".2f", False),
     ("top-1 agreement with the teacher", "top1_agreement", ".4f", True),
-    ("overlap with the teacher, Σ min(p, q)", "overlap", ".4f", True),
+    ("overlap, sum of min(p, q)", "overlap", ".4f", True),
 )
 _CURVES = (
     ("Distance to the teacher, training batches", "bucket KL, nats", "train/bucket_kl"),
@@ -100,7 +101,7 @@ def build_report(data: ReportData) -> str:
 def _build_table(students: Sequence[StudentResult], positions: int) -> str:
     head = "".join(f'<th scope="col">{_text(student.name)}</th>' for student in students)
     rows = []
-    for label, name, form, more_is_better in _ROWS:
+    for label, name, form, more_is_better in COMPARED_FIGURES:
         values = [float(getattr(student.evaluation, name)) for student in students]
         best = max(values) if more_is_better else min(values)
         cells = "".join(f"<td{' class=best' if value == best else ''}>{value:{form}}</td>" for value in values)

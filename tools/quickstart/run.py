@@ -23,7 +23,7 @@ from logitstore.store.logit_store import LogitStore
 from logitstore.store.verify import verify_store
 from tools.quickstart.corpus import write_corpus
 from tools.quickstart.students import train_students
-from tools.report import ReportData, build_report
+from tools.report import COMPARED_FIGURES, ReportData, build_report
 from trainer.evaluate import Evaluation
 
 HERE = Path(__file__).parent
@@ -202,15 +202,7 @@ def build_table(text_only: Evaluation, distilled: Evaluation) -> Table:
     table.add_column("text only", justify="right")
     table.add_column("distilled", justify="right")
     table.add_column("")
-    rows: list[tuple[str, str, str, bool]] = [
-        ("KL to the teacher (nats)", "bucket_kl", ".4f", False),
-        ("calibration error (%)", "calibration_error", ".2f", False),
-        ("LM loss (nats per token)", "lm_loss", ".4f", False),
-        ("perplexity", "perplexity", ".2f", False),
-        ("top-1 agreement with the teacher", "top1_agreement", ".4f", True),
-        ("overlap, sum of min(p, q)", "overlap", ".4f", True),
-    ]
-    for label, name, form, more_is_better in rows:
+    for label, name, form, more_is_better in COMPARED_FIGURES:
         left, right = getattr(text_only, name), getattr(distilled, name)
         cells = [format(left, form), format(right, form)]
         if left != right:
