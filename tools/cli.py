@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+import tools.benchmark
 import tools.capture
 import tools.evaluate
 import tools.gc
@@ -101,6 +102,7 @@ app.command("gc")(tools.gc.command)
 app.command("inspect")(tools.inspect.command)
 app.command("train")(tools.train.command)
 app.command("evaluate")(tools.evaluate.command)
+app.add_typer(tools.benchmark.app, name="benchmark")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,19 @@
+"""`logitstore benchmark …`: the measurements behind BENCHMARKS.md, each printed as the table that stands there."""
+
+from __future__ import annotations
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def describe() -> None:
+    """Measure on this machine what BENCHMARKS.md tells of others: always beside an alternative, in one run.
+
+    Results are tables in Markdown, with the machine above them.
+
+    \b
+    Example:
+      logitstore benchmark codec
+    """
