@@ -132,7 +132,7 @@ def test_captured_twice_gives_the_same_bytes(tmp_path: Path, teacher_folder: Pat
         store, _ = capture_everything(
             settings.model_copy(update={"corpus": build_capture_settings(tmp_path, teacher_folder, lines).corpus})
         )
-        digests.append(store.manifest.table["file_sha256"].to_pylist())
+        digests.append(store.manifest.file.read()["file_sha256"].to_pylist())
     assert digests[0] == digests[1]
 
 

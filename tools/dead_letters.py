@@ -35,7 +35,7 @@ def read_dead_letters(url: str, manifest: int | None = None) -> DeadLetterList:
         StoreNotFoundError, IncompatibleStoreError, CorruptShardError: there is no store, or it cannot be read.
     """
     opened = open_store(url, manifest)
-    units = opened.store.manifest.per_unit
+    units = opened.store.manifest.read_units("unit", "documents", "recorded_documents")
     with_some = [
         unit
         for unit, documents, recorded in zip(

@@ -42,7 +42,7 @@ def open_store(url: str, manifest: int | None) -> OpenedStore:
     if not numbers:
         return OpenedStore(store=live, files=files, manifest=None, newer_units=len(committed))
     newest = read_manifest(files, numbers[-1])
-    is_listed = newest.table.combine_chunks().equals(live.manifest.table)
+    is_listed = newest.lists_the_same(live.manifest)
     newer_units = len(committed - set(newest.units.tolist()))
     return OpenedStore(store=live, files=files, manifest=numbers[-1] if is_listed else None, newer_units=newer_units)
 

@@ -11,9 +11,11 @@ import json
 import re
 import uuid
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from enum import StrEnum
 
+import numpy as np
 from pydantic import ValidationError
 
 from logitstore.corpus.documents import DeadLetter
@@ -22,13 +24,16 @@ from logitstore.settings import Settings
 from logitstore.shard.layout import FORMAT_VERSION
 from logitstore.shard.summary import ShardSummary
 from logitstore.store.create_only import create_or_read_back
-from logitstore.store.files import StoredFile, StoreFiles
+from logitstore.store.files import StoreFiles
 
 COMMITS = "commits"
 DATA = "data"
 QUARANTINE = "quarantine"
+_UNIT_NAME = re.compile(r"(\d{7}|[1-9]\d{7,})\.json")
 # Dead letters listed one by one in a commit; the counts always hold all of them.
 LISTED_DEAD_LETTERS = 1000
+_PATHS_AT_A_TIME = 8192
+_VERIFY = "run 'logitstore verify'"
 
 
 class Commit(Settings):
@@ -86,6 +91,11 @@ def build_commit_path(unit: int) -> str:
     return f"{COMMITS}/{unit:07d}.json"
 
 
+def parse_commit_path(path: str) -> int:
+    """Undo `build_commit_path`."""
+    return int(path[len(COMMITS) + 1 : -len(".json")])
+
+
 def build_quarantine_path(unit: int) -> str:
     return f"{QUARANTINE}/{unit:07d}.json"
 
@@ -121,23 +131,32 @@ def parse_commit(data: bytes, where: str) -> Commit:
         IncompatibleStoreError: a program with another format version wrote it.
     """
     try:
+        commit = Commit.model_validate_json(data)
+    except ValidationError as error:
+        _check_version(_read_version(data, where), where)
+        first = error.errors()[0]["msg"]
+        raise CorruptShardError(
+            f"{where}: expected a commit record, found {error.error_count()} problem(s), first: {first}; {_VERIFY}"
+        ) from None
+    _check_version(commit.format_version, where)
+    return commit
+
+
+def _read_version(data: bytes, where: str) -> object:
+    """What an object that is no commit record of this format version gives as its version."""
+    try:
         values = json.loads(data)
     except ValueError as error:
-        raise CorruptShardError(f"{where}: expected a commit record, found {error}; run 'logitstore verify'") from None
-    version = values.get("format_version") if isinstance(values, dict) else None
+        raise CorruptShardError(f"{where}: expected a commit record, found {error}; {_VERIFY}") from None
+    return values.get("format_version") if isinstance(values, dict) else None
+
+
+def _check_version(version: object, where: str) -> None:
     if isinstance(version, int) and version != FORMAT_VERSION:
         raise IncompatibleStoreError(
             f"{where}: format version differs\n  in the commit: {version}\n  this program reads: {FORMAT_VERSION}\n"
             "install a logitstore that reads that version"
         )
-    try:
-        return Commit.model_validate_json(data)
-    except ValidationError as error:
-        first = error.errors()[0]["msg"]
-        raise CorruptShardError(
-            f"{where}: expected a commit record, found {error.error_count()} problem(s), first: {first}; "
-            "run 'logitstore verify'"
-        ) from None
 
 
 def read_commit(files: StoreFiles, unit: int) -> Commit:
@@ -151,17 +170,57 @@ def read_commit(files: StoreFiles, unit: int) -> Commit:
     return parse_commit(files.read(path), f"{files.url}/{path}")
 
 
+def read_commits(files: StoreFiles, units: np.ndarray, plan_fingerprint: str) -> Iterator[Commit]:
+    """The commits of these units, in the order asked for; those that were deleted meanwhile are left out.
+
+    Raises:
+        CorruptShardError, IncompatibleStoreError: a commit is damaged, or belongs to another unit, plan or format
+            version.
+    """
+    for path, data in read_commit_files(files, units):
+        where = f"{files.url}/{path}"
+        commit = parse_commit(data, where)
+        if commit.plan_fingerprint != plan_fingerprint:
+            raise IncompatibleStoreError(
+                f"{where}: belongs to another plan\n"
+                f"  in the commit: {commit.plan_fingerprint}\n  in plan.json:  {plan_fingerprint}"
+            )
+        if build_commit_path(commit.unit) != path:
+            raise CorruptShardError(f"{where}: expected its unit's commit, found that of unit {commit.unit}; {_VERIFY}")
+        yield commit
+
+
+def read_commit_files(files: StoreFiles, units: np.ndarray) -> Iterator[tuple[str, bytes]]:
+    """Path and bytes of the commits of these units, in the order asked for; what was deleted meanwhile is left out."""
+    for start in range(0, len(units), _PATHS_AT_A_TIME):
+        yield from files.read_existing([build_commit_path(unit) for unit in units[start : start + _PATHS_AT_A_TIME]])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class UnitListing:
+    """The units that have an object in a folder, as columns.
+
+    Attributes:
+        units: [U] int64, ascending.
+        modified: [U] float64, seconds since the epoch; 0 where the file system does not tell.
+    """
+
+    units: np.ndarray
+    modified: np.ndarray
+
+
+def list_unit_files(files: StoreFiles, folder: str) -> UnitListing:
+    """What there is in `commits` or `quarantine`; one listing, nothing is read."""
+    found = [(int(m[1]), file.modified or 0.0) for file in files.list(folder) if (m := _UNIT_NAME.fullmatch(file.name))]
+    columns = np.array(found, dtype=[("unit", np.int64), ("modified", np.float64)])
+    columns.sort(order="unit")
+    return UnitListing(units=columns["unit"].copy(), modified=columns["modified"].copy())
+
+
 def list_units(files: StoreFiles, folder: str) -> list[int]:
     """Units that have an object in `commits` or `quarantine`, ascending; one listing, nothing is read."""
-    return list(list_unit_files(files, folder))
-
-
-def list_unit_files(files: StoreFiles, folder: str) -> dict[int, StoredFile]:
-    """Unit to its object in `commits` or `quarantine`, ascending."""
-    found = {
-        int(match[1]): file for file in files.list(folder) if (match := re.fullmatch(r"(\d{7,})\.json", file.name))
-    }
-    return dict(sorted(found.items()))
+    units: list[int] = list_unit_files(files, folder).units.tolist()
+    return units
 
 
 def quarantine_unit(files: StoreFiles, entry: QuarantinedUnit) -> None:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from logitstore.errors import CorruptShardError
-from logitstore.store.commit import COMMITS, DATA, QUARANTINE
+from logitstore.store.commit import COMMITS, DATA, QUARANTINE, list_unit_files, read_commits
 from logitstore.store.files import StoredFile, StoreFiles
-from logitstore.store.manifest import list_manifests, read_manifest, take_snapshot
+from logitstore.store.manifest import list_manifests, read_manifest
 from logitstore.store.plan import read_plan
 
 DEFAULT_GRACE_SECONDS = 24 * 3600.0
 _PROBES = "probe"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Garbage:
     """One object that nothing refers to; `path` is relative to the store."""
 
@@ -41,14 +41,14 @@ def find_garbage(
     """
     fingerprint = read_plan(files).compute_fingerprint()
     before = (time.time() if now is None else now) - grace_seconds
-    shards = _select_old(DATA, files.list(DATA), before)
+    shards = {shard.path: shard for shard in _select_old(DATA, files.list(DATA), before)}
     garbage = _select_old(_PROBES, files.list(_PROBES), before)
     for folder in ("", COMMITS, DATA, QUARANTINE, _PROBES):
         garbage += _select_old(folder, files.list_leftovers(folder), before)
     if shards:
-        kept = _list_referenced(files, fingerprint)
-        garbage += [shard for shard in shards if shard.path not in kept]
-    return sorted(garbage, key=lambda item: item.path)
+        for path in _iterate_referenced(files, fingerprint):
+            shards.pop(path, None)
+    return sorted([*garbage, *shards.values()], key=lambda item: item.path)
 
 
 def delete_garbage(files: StoreFiles, garbage: list[Garbage]) -> None:
@@ -66,9 +66,11 @@ def _select_old(folder: str, listed: Sequence[StoredFile], before: float) -> lis
     ]
 
 
-def _list_referenced(files: StoreFiles, fingerprint: str) -> set[str | None]:
-    """Data files that a commit or a manifest names; a pinned manifest must stay readable."""
-    referenced: set[str | None] = set(take_snapshot(files, fingerprint, None).per_unit["file"].to_pylist())
+def _iterate_referenced(files: StoreFiles, fingerprint: str) -> Iterator[str]:
+    """Data files that a commit or a manifest names, some more than once; a pinned manifest must stay readable."""
+    for commit in read_commits(files, list_unit_files(files, COMMITS).units, fingerprint):
+        if commit.file is not None:
+            yield commit.file
     for number in list_manifests(files):
         try:
             manifest = read_manifest(files, number)
@@ -76,5 +78,5 @@ def _list_referenced(files: StoreFiles, fingerprint: str) -> set[str | None]:
             raise CorruptShardError(
                 f"{error}, which removes it: until then nobody knows which files it lists, and nothing is deleted"
             ) from None
-        referenced.update(manifest.per_unit["file"].to_pylist())
-    return referenced
+        for units in manifest.iterate_units("file"):
+            yield from units["file"].drop_null().to_pylist()

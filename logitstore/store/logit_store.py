@@ -20,7 +20,7 @@ from logitstore.errors import (
     StoreNotFoundError,
 )
 from logitstore.records import Record, RecordAddress, RecordBatch
-from logitstore.shard.layout import DOCUMENT_COLUMNS, SIGNAL_COLUMNS
+from logitstore.shard.layout import ShardHeader
 from logitstore.shard.reader import check_digest, decode_row_group, read_footer
 from logitstore.store.files import StoreFiles
 from logitstore.store.manifest import Manifest, list_manifests, read_manifest, take_snapshot
@@ -58,8 +58,9 @@ class LogitStore:
     ) -> None:
         self._files, self.plan, self.manifest = files, plan, manifest
         self._retry_waits_seconds = tuple(retry_waits_seconds)
-        rows = manifest.row_groups
+        rows = manifest.read_row_groups("unit", "row_group", "offset", "bytes", "records")
         # Columns stay in Arrow, or are views of it: a store may have millions of row groups.
+        self._shards = manifest.read_units("unit", "file", "file_bytes", "footer_offset", "footer_sha256")
         self._digests = manifest.digests
         self._offsets = rows["offset"].to_numpy()
         self._bytes = rows["bytes"].to_numpy()
@@ -67,7 +68,7 @@ class LogitStore:
         self.row_group_units: np.ndarray = rows["unit"].to_numpy()
         self.row_group_records: np.ndarray = rows["records"].to_numpy()
         self._first_records = np.concatenate([[0], np.cumsum(self.row_group_records)])
-        self._footers: OrderedDict[str, pq.FileMetaData] = OrderedDict()
+        self._footers: OrderedDict[str, tuple[pq.FileMetaData, ShardHeader]] = OrderedDict()
         self._lock = threading.Lock()
         self._last: tuple[int, RecordBatch] | None = None
 
@@ -178,10 +179,15 @@ class LogitStore:
         """
         where = f"{self.url}/{self._get_path(row_group)}: row group {int(self._row_group_in_file[row_group])}"
         data = self.read_row_group_bytes(row_group)
-        metadata = self._get_footer(row_group)
-        columns = SIGNAL_COLUMNS + DOCUMENT_COLUMNS if with_documents else SIGNAL_COLUMNS
+        metadata, header = self._get_footer(row_group)
         return decode_row_group(
-            metadata, int(self._row_group_in_file[row_group]), int(self._offsets[row_group]), data, columns, where
+            metadata,
+            header,
+            int(self._row_group_in_file[row_group]),
+            int(self._offsets[row_group]),
+            data,
+            with_documents=with_documents,
+            where=where,
         )
 
     def read_row_group_bytes(self, row_group: int) -> bytes:
@@ -198,7 +204,7 @@ class LogitStore:
     def _get_unit_value(self, row_group: int, name: str) -> Any:
         """A column of the manifest that stands once per unit."""
         index = int(np.searchsorted(self.manifest.units, self.row_group_units[row_group]))
-        return self.manifest.per_unit[name][index].as_py()
+        return self._shards[name][index].as_py()
 
     def _get_path(self, row_group: int) -> str:
         return str(self._get_unit_value(row_group, "file"))
@@ -231,7 +237,7 @@ class LogitStore:
                 time.sleep(seconds)
         return self._files.read(path, start, stop)
 
-    def _get_footer(self, row_group: int) -> pq.FileMetaData:
+    def _get_footer(self, row_group: int) -> tuple[pq.FileMetaData, ShardHeader]:
         path = self._get_path(row_group)
         with self._lock:
             if path in self._footers:
@@ -246,10 +252,10 @@ class LogitStore:
                 f"  in the manifest: {self.manifest.plan_fingerprint}"
             )
         with self._lock:
-            self._footers[path] = metadata
+            self._footers[path] = metadata, header
             while len(self._footers) > _FOOTERS_KEPT:
                 self._footers.popitem(last=False)
-        return metadata
+        return metadata, header
 
     def compute_statistics(self, source: str | None = None) -> StoreStatistics:
         """Sums over the whole manifest, or over the units of one source; reads nothing."""
@@ -257,4 +263,6 @@ class LogitStore:
 
     def list_sources(self) -> list[str]:
         """Names of the corpus sources that have committed units, in order."""
-        return sorted(set(self.manifest.per_unit["source"].to_pylist()))
+        return sorted(
+            {name for units in self.manifest.iterate_units("source") for name in units["source"].unique().to_pylist()}
+        )

@@ -1,33 +1,27 @@
 """Manifests: numbered, immutable snapshots of the commits, one row per row group. They are what readers open.
 
-Opening a store is then a listing and two reads, of plan and manifest, however many units it has: about 35 bytes stored
-and 200 in memory per row group. A training run that pins a number sees the same records for ever, whatever is captured
-or repaired later.
+Opening a store is then a listing and two reads, of plan and manifest, however many units it has. A training run that
+pins a number sees the same records for ever, whatever is captured or repaired later.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
-import json
 import re
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from logitstore.errors import CorruptShardError, IncompatibleStoreError, OutsideError, StoreNotFoundError
-from logitstore.shard.layout import FORMAT_VERSION
-from logitstore.store.commit import COMMITS, Commit, build_commit_path, list_unit_files, parse_commit
+from logitstore.errors import CorruptShardError, OutsideError, StoreNotFoundError
+from logitstore.store.commit import COMMITS, Commit, UnitListing, list_unit_files, read_commits
 from logitstore.store.create_only import create_or_read_back
-from logitstore.store.files import StoredFile, StoreFiles
-from logitstore.store.manifest_table import SCHEMA, UNIT_FIELDS, build_table
+from logitstore.store.files import StoreFiles
+from logitstore.store.manifest_file import ManifestFile, select_rows, write_manifest_file
+from logitstore.store.manifest_table import SCHEMA, build_tables, merge_tables
 
-_METADATA_KEY = b"logitstore_manifest"
 # A snapshot takes a while between its listing and its manifest, and storage clocks are coarse: commits that are not
 # older than the manifest by this much are read again.
 _SNAPSHOT_SECONDS = 600.0
@@ -41,53 +35,76 @@ class Manifest:
 
     Attributes:
         number: 1, 2, … as stored; None for a snapshot taken just now and not stored.
-        plan_fingerprint: of the plan whose units these are.
-        table: one row per row group, ordered by unit and row group; a unit without records has one row with
+        file: its rows: one per row group, ordered by unit and row group; a unit without records has one row with
             `records` 0 and no file.
     """
 
     number: int | None
-    plan_fingerprint: str
-    table: pa.Table
+    file: ManifestFile
 
-    @cached_property
-    def row_groups(self) -> pa.Table:
-        """The rows that have records."""
-        has_records = pc.greater(self.table["records"], 0)
-        return self.table if pc.all(has_records).as_py() else self.table.filter(has_records).combine_chunks()
+    @property
+    def plan_fingerprint(self) -> str:
+        """Of the plan whose units these are."""
+        return self.file.plan_fingerprint
+
+    def read_row_groups(self, *names: str) -> pa.Table:
+        """Some columns of the rows that have records, each in one piece."""
+        has_records = self.file.read(["records"])["records"].to_numpy() > 0
+        # Column by column: joining the pieces of one holds that one twice.
+        return pa.table(
+            {name: select_rows(self.file.read([name]), has_records)[name].combine_chunks() for name in names}
+        )
+
+    def read_units(self, *names: str) -> pa.Table:
+        """Some columns with one row per committed unit, ascending: what is true of the whole unit."""
+        return pa.concat_tables(self.iterate_units(*names)).combine_chunks()
+
+    def iterate_units(self, *names: str) -> Iterator[pa.Table]:
+        """As `read_units`, some units at a time; at least one table."""
+        schema = pa.schema([SCHEMA.field(name) for name in names])
+        yield schema.empty_table()
+        for table in self.file.iterate([*names, "row_group"]):
+            yield select_rows(table, table["row_group"].to_numpy() == 0).select(names)
 
     @cached_property
     def units(self) -> np.ndarray:
         """[U] int32, the committed units, ascending."""
-        return self.per_unit["unit"].to_numpy()  # type: ignore[no-any-return]  # pyarrow is untyped
+        units: np.ndarray = self.read_units("unit")["unit"].to_numpy()
+        return units
 
-    @property
+    @cached_property
     def digests(self) -> np.ndarray:
         """[G, 32] uint8, SHA-256 of the bytes of every row group that has records."""
-        column = self.row_groups["sha256"].combine_chunks()
-        if not len(column):
-            return np.empty((0, 32), dtype=np.uint8)
-        return np.frombuffer(column.buffers()[1], np.uint8, 32 * len(column), 32 * column.offset).reshape(-1, 32)
+        [column] = self.read_row_groups("sha256").columns
+        pieces = [
+            np.frombuffer(chunk.buffers()[1], np.uint8, 32 * len(chunk), 32 * chunk.offset) for chunk in column.chunks
+        ]
+        return np.concatenate([np.empty(0, np.uint8), *pieces]).reshape(-1, 32)
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of what the records are: plan, and the digest of every row group in order."""
         digest = hashlib.sha256(self.plan_fingerprint.encode())
-        digests = self.digests
-        for start in range(0, len(digests), _DIGESTS_AT_A_TIME):
-            digest.update(digests[start : start + _DIGESTS_AT_A_TIME].tobytes().hex().encode())
+        for start in range(0, len(self.digests), _DIGESTS_AT_A_TIME):
+            digest.update(self.digests[start : start + _DIGESTS_AT_A_TIME].tobytes().hex().encode())
         return digest.hexdigest()
 
-    @cached_property
-    def per_unit(self) -> pa.Table:
-        """One row per committed unit, ascending, with what is true of the whole unit."""
-        first = self.table.filter(pc.equal(self.table["row_group"], 0))
-        return first.select(["unit", "source", *(field.name for field in UNIT_FIELDS)]).combine_chunks()
+    def lists_the_same(self, other: Manifest) -> bool:
+        """Whether two manifests have the same plan and rows, whichever release wrote them."""
+        if self.file.data == other.file.data:
+            return True
+        return self.plan_fingerprint == other.plan_fingerprint and all(
+            self.file.read([name]).equals(other.file.read([name])) for name in SCHEMA.names
+        )
 
 
-def build_manifest(plan_fingerprint: str, commits: Iterable[Commit], kept: pa.Table | None = None) -> Manifest:
-    """Snapshot from commits, in any order, joined to the rows kept of an earlier snapshot."""
-    return Manifest(number=None, plan_fingerprint=plan_fingerprint, table=build_table(commits, kept))
+def build_manifest(
+    files: StoreFiles, plan_fingerprint: str, commits: Iterable[Commit], kept: Iterable[pa.Table] = ()
+) -> Manifest:
+    """Snapshot from commits in order of their units, joined to ordered rows of other units; neither is held."""
+    rows = merge_tables(kept, build_tables(commits))
+    file = write_manifest_file(rows, plan_fingerprint, f"{files.url}: snapshot of the commits")
+    return Manifest(number=None, file=file)
 
 
 def list_manifests(files: StoreFiles) -> list[int]:
@@ -105,7 +122,8 @@ def read_manifest(files: StoreFiles, number: int | None = None) -> Manifest:
 
     Raises:
         StoreNotFoundError: no manifest, or none of that number.
-        CorruptShardError: the manifest cannot be read.
+        CorruptShardError: the manifest is damaged.
+        IncompatibleStoreError: a program with another format version wrote it.
     """
     if number is None:
         numbers = list_manifests(files)
@@ -122,24 +140,9 @@ def read_manifest(files: StoreFiles, number: int | None = None) -> Manifest:
         raise StoreNotFoundError(
             f"{files.url}: expected manifest {number}, found manifests {list_manifests(files)}"
         ) from None
-    try:
-        table = pq.read_table(io.BytesIO(data), page_checksum_verification=True)
-        header = json.loads(table.schema.metadata[_METADATA_KEY])
-        version, plan_fingerprint = header["format_version"], header["plan_fingerprint"]
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        raise CorruptShardError(
-            f"{files.url}/{path}: expected a manifest, found {error}; run 'logitstore verify --repair'"
-        ) from error
-    if version != FORMAT_VERSION:
-        raise IncompatibleStoreError(
-            f"{files.url}/{path}: format version differs\n  in the manifest: {version}\n"
-            f"  this program reads: {FORMAT_VERSION}\ninstall a logitstore that reads that version"
-        )
-    if not table.schema.remove_metadata().equals(SCHEMA):
-        raise CorruptShardError(
-            f"{files.url}/{path}: expected the columns of a manifest, found others; run 'logitstore verify --repair'"
-        )
-    return Manifest(number=number, plan_fingerprint=plan_fingerprint, table=table.combine_chunks())
+    file = ManifestFile(data, f"{files.url}/{path}")
+    file.check()
+    return Manifest(number=number, file=file)
 
 
 def take_snapshot(
@@ -162,36 +165,27 @@ def take_snapshot(
     Raises:
         CorruptShardError, IncompatibleStoreError: a commit is damaged, or belongs to another plan or format version.
     """
-    excluded = frozenset(without)
-    listed = {unit: file for unit, file in list_unit_files(files, COMMITS).items() if unit not in excluded}
-    kept: pa.Table | None = None
-    known: set[int] = set()
-    if previous is not None:
-        known = _find_unchanged(files, previous, listed) - set(recheck)
-        kept = previous.table.filter(pc.is_in(previous.table["unit"], pa.array(sorted(known), pa.int32())))
-    paths = [build_commit_path(unit) for unit in listed if unit not in known]
-    commits = (parse_commit(data, f"{files.url}/{path}") for path, data in files.read_existing(paths))
-    return build_manifest(plan_fingerprint, _check_plan(files, commits, plan_fingerprint), kept)
+    listing = list_unit_files(files, COMMITS)
+    units = np.setdiff1d(listing.units, np.array(list(without), np.int64))
+    if previous is None:
+        return build_manifest(files, plan_fingerprint, read_commits(files, units, plan_fingerprint))
+    known = np.setdiff1d(_find_unchanged(files, previous, listing), np.array(list(recheck), np.int64))
+    new = np.setdiff1d(units, known)
+    known = np.intersect1d(units, known)
+    if not len(new) and np.array_equal(known, previous.units):
+        return replace(previous, number=None)
+    kept = (select_rows(table, np.isin(table["unit"].to_numpy(), known)) for table in previous.file.iterate())
+    return build_manifest(files, plan_fingerprint, read_commits(files, new, plan_fingerprint), kept)
 
 
-def _find_unchanged(files: StoreFiles, manifest: Manifest, commits: dict[int, StoredFile]) -> set[int]:
+def _find_unchanged(files: StoreFiles, manifest: Manifest, listing: UnitListing) -> np.ndarray:
     """Committed units of a manifest that were certainly not captured again; all of them where no times are told."""
-    units = commits.keys() & set(manifest.units.tolist())
+    is_listed = np.isin(listing.units, manifest.units)
     times = {file.name: file.modified for file in files.list("")}
     written = times.get(build_manifest_path(manifest.number)) if manifest.number is not None else None
-    if written is None:
-        return units
-    return {unit for unit in units if (commits[unit].modified or 0.0) < written - _SNAPSHOT_SECONDS}
-
-
-def _check_plan(files: StoreFiles, commits: Iterable[Commit], plan_fingerprint: str) -> Iterable[Commit]:
-    for commit in commits:
-        if commit.plan_fingerprint != plan_fingerprint:
-            raise IncompatibleStoreError(
-                f"{files.url}/{build_commit_path(commit.unit)}: belongs to another plan\n"
-                f"  in the commit: {commit.plan_fingerprint}\n  in plan.json:  {plan_fingerprint}"
-            )
-        yield commit
+    is_old = True if written is None else listing.modified < written - _SNAPSHOT_SECONDS
+    unchanged: np.ndarray = listing.units[is_listed & is_old]
+    return unchanged
 
 
 def write_manifest(
@@ -219,11 +213,11 @@ def write_manifest(
         previous = _read_previous(files, numbers, plan_fingerprint)
         start = None if rebuild else previous
         snapshot = take_snapshot(files, plan_fingerprint, start, recheck=recheck, without=without)
-        if previous is not None and snapshot.table.equals(previous.table):
+        if previous is not None and snapshot.lists_the_same(previous):
             return previous
         number = (numbers[-1] if numbers else 0) + 1
-        if create_or_read_back(files, build_manifest_path(number), serialize_manifest(snapshot)):
-            return Manifest(number=number, plan_fingerprint=plan_fingerprint, table=snapshot.table)
+        if create_or_read_back(files, build_manifest_path(number), snapshot.file.data):
+            return replace(snapshot, number=number)
     raise OutsideError(f"{files.url}: could not write a manifest: others kept writing; run the command again")
 
 
@@ -236,12 +230,3 @@ def _read_previous(files: StoreFiles, numbers: Sequence[int], plan_fingerprint: 
     except CorruptShardError:
         return None
     return previous if previous.plan_fingerprint == plan_fingerprint else None
-
-
-def serialize_manifest(manifest: Manifest) -> bytes:
-    """The manifest as Parquet bytes, the same for the same snapshot."""
-    header = {"format_version": FORMAT_VERSION, "plan_fingerprint": manifest.plan_fingerprint}
-    table = manifest.table.replace_schema_metadata({_METADATA_KEY: json.dumps(header).encode()})
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-    return sink.getvalue()

@@ -6,15 +6,17 @@ is true of a whole unit stands on its first row only.
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterable
-from typing import Any
+import operator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
 
+from logitstore.errors import CorruptShardError
 from logitstore.shard.layout import SCHEMA as SHARD_SCHEMA
-from logitstore.shard.summary import ShardSummary
+from logitstore.shard.summary import ENTROPY_BINS, TAIL_DECADES, RowGroup
 from logitstore.store.commit import Commit
 
 # On every row.
@@ -48,75 +50,126 @@ _ROW_GROUP_FIELDS = [
     pa.field("tail_mass_sum", pa.float64()),
 ]
 SCHEMA = pa.schema(_KEY_FIELDS + UNIT_FIELDS + _ROW_GROUP_FIELDS)
-# Rows that are Python objects at a time: about 20 MB.
-_ROWS_AT_A_TIME = 16_384
+_ROW_GROUP_NAMES = [field.name for field in _ROW_GROUP_FIELDS]
+_get_row_group_values = operator.attrgetter(*_ROW_GROUP_NAMES)
+# Commits that are Python objects at a time: few enough that the garbage collector does not look at them over and over.
+_COMMITS_AT_A_TIME = 128
+# What a row says of a unit that has no records.
+_NO_ROW_GROUP = RowGroup(
+    column_bytes={},
+    entropy_histogram=(0,) * ENTROPY_BINS,
+    tail_histogram=(0,) * (TAIL_DECADES + 1),
+    **{field.name: "0" * 64 if field.name == "sha256" else 0 for field in _ROW_GROUP_FIELDS},
+)
 
 
-def build_table(commits: Iterable[Commit], kept: pa.Table | None = None) -> pa.Table:
-    """Rows of commits, in any order, joined to rows of other units; ordered by unit and row group.
+def build_tables(commits: Iterable[Commit]) -> Iterator[pa.Table]:
+    """Rows of commits that come in order of their units, some thousands at a time.
 
-    Args:
-        commits: taken one by one; none is held.
-        kept: rows of an earlier table, none of them of a unit in `commits`.
+    Raises:
+        CorruptShardError: a histogram of a commit has another number of bins.
     """
-    tables = [kept] if kept is not None else []
-    columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
-    for commit in commits:
-        _append_commit(columns, commit)
-        if len(columns["unit"]) >= _ROWS_AT_A_TIME:
-            tables.append(pa.Table.from_pydict(columns, schema=SCHEMA))
-            columns = {name: [] for name in SCHEMA.names}
-    tables.append(pa.Table.from_pydict(columns, schema=SCHEMA))
-    table = pa.concat_tables(tables)
-    # Commits usually come in order: a sort would hold every row twice more.
-    if not _is_ordered(table):
-        table = table.sort_by([("unit", "ascending"), ("row_group", "ascending")])
-    return table.combine_chunks()
+    taken = iter(commits)
+    while some := list(itertools.islice(taken, _COMMITS_AT_A_TIME)):
+        yield _build_table(some)
 
 
-def _append_commit(columns: dict[str, list[Any]], commit: Commit) -> None:
-    row_groups = commit.shard.row_groups if commit.shard is not None else ()
-    num_rows = max(1, len(row_groups))
-    columns["unit"].extend([commit.unit] * num_rows)
-    columns["source"].extend([commit.source] * num_rows)
-    columns["row_group"].extend(range(num_rows))
-    for name, value in _describe_unit(commit).items():
-        columns[name].append(value)
-        columns[name].extend([None] * (num_rows - 1))
-    for field in _ROW_GROUP_FIELDS:
-        if field.name == "sha256":
-            columns["sha256"].extend([bytes.fromhex(row_group.sha256) for row_group in row_groups] or [None])
-        else:
-            columns[field.name].extend([getattr(row_group, field.name) for row_group in row_groups] or [0])
+def merge_tables(first: Iterable[pa.Table], second: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Rows of two ordered sequences of tables, in order; the two have no unit in common."""
+    streams = (iter(first), iter(second))
+    left, right = (_find_next(stream) for stream in streams)
+    while left is not None and right is not None:
+        last = min(_get_keys(left)[-1], _get_keys(right)[-1])
+        cuts = [int(np.searchsorted(_get_keys(table), last, side="right")) for table in (left, right)]
+        yield _sort(pa.concat_tables([left.slice(0, cuts[0]), right.slice(0, cuts[1])]))
+        left, right = left.slice(cuts[0]), right.slice(cuts[1])
+        left = left if len(left) else _find_next(streams[0])
+        right = right if len(right) else _find_next(streams[1])
+    for table, stream in ((left, streams[0]), (right, streams[1])):
+        if table is not None:
+            yield table
+        yield from stream
 
 
-def _describe_unit(commit: Commit) -> dict[str, Any]:
-    values: dict[str, Any] = {field.name: None for field in UNIT_FIELDS}
-    values |= {
-        "attempt": commit.attempt,
-        "file": commit.file,
-        "file_bytes": 0,
-        "footer_offset": 0,
-        "documents": commit.documents,
-        "recorded_documents": commit.recorded_documents,
-        "dead_letter_counts": json.dumps(commit.dead_letter_counts),
+def _find_next(tables: Iterator[pa.Table]) -> pa.Table | None:
+    return next((table for table in tables if len(table)), None)
+
+
+def _get_keys(table: pa.Table) -> np.ndarray:
+    keys: np.ndarray = table["unit"].to_numpy().astype(np.int64) << 32 | table["row_group"].to_numpy()
+    return keys
+
+
+def _sort(table: pa.Table) -> pa.Table:
+    keys = _get_keys(table)
+    return table if bool((keys[1:] > keys[:-1]).all()) else table.take(np.argsort(keys, kind="stable"))
+
+
+def _build_table(commits: Sequence[Commit]) -> pa.Table:
+    groups_of_unit = [commit.shard.row_groups if commit.shard is not None else (_NO_ROW_GROUP,) for commit in commits]
+    groups = list(itertools.chain.from_iterable(groups_of_unit))
+    num_groups = np.array([len(groups) for groups in groups_of_unit])
+    first_rows = np.cumsum(num_groups) - num_groups
+    # [rows], the unit whose columns stand on the row: null on all rows but the first of each.
+    units = np.repeat(np.arange(len(commits)), num_groups)
+    is_other = np.ones(len(groups), dtype=bool)
+    is_other[first_rows] = False
+    places = pa.array(units, mask=is_other)
+    columns = {
+        "unit": pa.array(np.array([commit.unit for commit in commits], np.int32)[units]),
+        "source": pa.array([commit.source for commit in commits], pa.string()).take(pa.array(units)),
+        "row_group": pa.array((np.arange(len(groups)) - first_rows[units]).astype(np.int32)),
+        **{name: column.take(places) for name, column in _build_unit_columns(commits, groups, first_rows).items()},
+        **_build_row_group_columns(groups),
     }
-    return values | (_describe_shard(commit.shard) if commit.shard is not None else {})
+    return pa.Table.from_pydict(columns, schema=SCHEMA)
 
 
-def _describe_shard(shard: ShardSummary) -> dict[str, Any]:
-    column_bytes = [[group.column_bytes.get(name, 0) for name in SHARD_SCHEMA.names] for group in shard.row_groups]
-    return {
-        "file_bytes": shard.bytes,
-        "file_sha256": bytes.fromhex(shard.sha256),
-        "footer_offset": shard.footer_offset,
-        "footer_sha256": bytes.fromhex(shard.footer_sha256),
-        "column_bytes": np.sum(column_bytes, axis=0).tolist(),
-        "entropy_histogram": np.sum([group.entropy_histogram for group in shard.row_groups], axis=0).tolist(),
-        "tail_histogram": np.sum([group.tail_histogram for group in shard.row_groups], axis=0).tolist(),
+def _build_row_group_columns(groups: Sequence[RowGroup]) -> dict[str, pa.Array]:
+    values = dict(zip(_ROW_GROUP_NAMES, zip(*map(_get_row_group_values, groups), strict=True), strict=True))
+    values["sha256"] = [bytes.fromhex(group.sha256) if group is not _NO_ROW_GROUP else None for group in groups]
+    return {field.name: pa.array(values[field.name], field.type) for field in _ROW_GROUP_FIELDS}
+
+
+def _build_unit_columns(
+    commits: Sequence[Commit], groups: Sequence[RowGroup], first_rows: np.ndarray
+) -> dict[str, pa.Array]:
+    """The columns of `UNIT_FIELDS`, one value per commit; `first_rows` says where in `groups` those of each begin."""
+    shards = [commit.shard for commit in commits]
+    has_none = np.array([shard is None for shard in shards])
+    values = {
+        "attempt": [commit.attempt for commit in commits],
+        "file": [commit.file for commit in commits],
+        "file_bytes": [shard.bytes if shard is not None else 0 for shard in shards],
+        "file_sha256": [bytes.fromhex(shard.sha256) if shard is not None else None for shard in shards],
+        "footer_offset": [shard.footer_offset if shard is not None else 0 for shard in shards],
+        "footer_sha256": [bytes.fromhex(shard.footer_sha256) if shard is not None else None for shard in shards],
+        "documents": [commit.documents for commit in commits],
+        "recorded_documents": [commit.recorded_documents for commit in commits],
+        "dead_letter_counts": [json.dumps(commit.dead_letter_counts) for commit in commits],
     }
+    names = SHARD_SCHEMA.names
+    lists: dict[str, Iterable[Iterable[int]]] = {
+        "column_bytes": (map(group.column_bytes.get, names, itertools.repeat(0)) for group in groups),
+        "entropy_histogram": (_check_bins(group.entropy_histogram, ENTROPY_BINS) for group in groups),
+        "tail_histogram": (_check_bins(group.tail_histogram, TAIL_DECADES + 1) for group in groups),
+    }
+    columns = {field.name: pa.array(values[field.name], field.type) for field in UNIT_FIELDS if field.name in values}
+    return columns | {name: _sum_lists(rows, len(groups), first_rows, has_none) for name, rows in lists.items()}
 
 
-def _is_ordered(table: pa.Table) -> bool:
-    keys = table["unit"].to_numpy().astype(np.int64) << 32 | table["row_group"].to_numpy().astype(np.int64)
-    return bool((keys[1:] > keys[:-1]).all())
+def _check_bins(histogram: tuple[int, ...], num_bins: int) -> tuple[int, ...]:
+    if len(histogram) != num_bins:
+        raise CorruptShardError(
+            f"commit: expected a histogram of {num_bins} bins, found {len(histogram)}; run 'logitstore verify'"
+        )
+    return histogram
+
+
+def _sum_lists(rows: Iterable[Iterable[int]], num_rows: int, first_rows: np.ndarray, has_none: np.ndarray) -> pa.Array:
+    """[U] lists: sums over the rows of each unit, null where it has none."""
+    values = np.fromiter(itertools.chain.from_iterable(rows), np.int64).reshape(num_rows, -1)
+    sums = np.add.reduceat(values, first_rows, axis=0)
+    lengths = np.where(has_none, 0, sums.shape[1])
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    return pa.ListArray.from_arrays(offsets, sums[~has_none].ravel(), mask=pa.array(has_none))

@@ -5,13 +5,26 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from logitstore.shard.layout import SCHEMA as SHARD_SCHEMA
 from logitstore.store.manifest import Manifest
+
+_COUNTS = (
+    "records",
+    "positions",
+    "taught_positions",
+    "support_entries",
+    "impossible_tokens",
+    "file_bytes",
+    "documents",
+    "recorded_documents",
+)
+_MASSES = ("entropy_sum", "tail_mass_sum", "next_token_logprob_sum")
+_LISTS = ("column_bytes", "entropy_histogram", "tail_histogram")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,43 +53,46 @@ class StoreStatistics:
 
 
 def compute_statistics(manifest: Manifest, source: str | None = None) -> StoreStatistics:
-    """Sums over a whole manifest, or over the units of one source; reads nothing."""
-    table, units = manifest.table, manifest.per_unit
-    if source is not None:
-        table = table.filter(pc.equal(table["source"], source))
-        units = units.filter(pc.equal(units["source"], source))
-    positions = _sum(table, "positions")
-    impossible = _sum(table, "impossible_tokens")
+    """Sums over a whole manifest, or over the units of one source; reads nothing of the store."""
+    counts: Counter[str] = Counter()
+    masses = dict.fromkeys(_MASSES, 0.0)
+    sums_of_lists = dict.fromkeys(_LISTS, np.zeros(1, np.int64))
     dead_letters: Counter[str] = Counter()
-    for counts in units["dead_letter_counts"].to_pylist():
-        dead_letters.update(json.loads(counts))
+    for table in manifest.file.iterate(["source", *_COUNTS, *_MASSES, *_LISTS, "dead_letter_counts"]):
+        rows = table if source is None else table.filter(pc.equal(table["source"], source))
+        counts.update({name: pc.sum(rows[name]).as_py() or 0 for name in _COUNTS})
+        for name in _MASSES:
+            masses[name] += pc.sum(rows[name]).as_py() or 0.0
+        for name in _LISTS:
+            sums_of_lists[name] = sums_of_lists[name] + _sum_lists(rows[name])
+        for entry in pc.value_counts(rows["dead_letter_counts"].drop_null()).to_pylist():
+            dead_letters.update({r: entry["counts"] * n for r, n in json.loads(entry["values"]).items()})
+    positions = counts["positions"]
+    columns = {name: values.tolist() if values.any() else [] for name, values in sums_of_lists.items()}
     return StoreStatistics(
-        records=_sum(table, "records"),
+        records=counts["records"],
         positions=positions,
-        taught_positions=_sum(table, "taught_positions"),
-        support_entries=_sum(table, "support_entries"),
-        bytes=_sum(units, "file_bytes"),
-        column_bytes=dict(zip(SHARD_SCHEMA.names, _sum_lists(units, "column_bytes"), strict=False)),
-        documents=_sum(units, "documents"),
-        recorded_documents=_sum(units, "recorded_documents"),
+        taught_positions=counts["taught_positions"],
+        support_entries=counts["support_entries"],
+        bytes=counts["file_bytes"],
+        column_bytes=dict(zip(SHARD_SCHEMA.names, columns["column_bytes"], strict=False)),
+        documents=counts["documents"],
+        recorded_documents=counts["recorded_documents"],
         dead_letters=dict(sorted(dead_letters.items())),
-        mean_entropy=_sum_float(table, "entropy_sum") / max(1, positions),
-        mean_tail_mass=_sum_float(table, "tail_mass_sum") / max(1, positions),
-        teacher_loss=-_sum_float(table, "next_token_logprob_sum") / max(1, positions - impossible),
-        impossible_tokens=impossible,
-        entropy_histogram=_sum_lists(units, "entropy_histogram"),
-        tail_histogram=_sum_lists(units, "tail_histogram"),
+        mean_entropy=masses["entropy_sum"] / max(1, positions),
+        mean_tail_mass=masses["tail_mass_sum"] / max(1, positions),
+        teacher_loss=-masses["next_token_logprob_sum"] / max(1, positions - counts["impossible_tokens"]),
+        impossible_tokens=counts["impossible_tokens"],
+        entropy_histogram=tuple(columns["entropy_histogram"]),
+        tail_histogram=tuple(columns["tail_histogram"]),
     )
 
 
-def _sum(table: Any, name: str) -> int:
-    return int(pc.sum(table[name]).as_py() or 0)
-
-
-def _sum_float(table: Any, name: str) -> float:
-    return float(pc.sum(table[name]).as_py() or 0.0)
-
-
-def _sum_lists(table: Any, name: str) -> tuple[int, ...]:
-    lists = [values for values in table[name].to_pylist() if values]
-    return tuple(np.sum(lists, axis=0).tolist()) if lists else ()
+def _sum_lists(lists: pa.ChunkedArray) -> np.ndarray | int:
+    """[N] sums of lists of N elements each; 0 where there is none. Null and empty lists count nothing."""
+    num_lists = pc.sum(pc.greater(pc.list_value_length(lists), 0)).as_py()
+    if not num_lists:
+        return 0
+    values = np.concatenate([chunk.flatten().to_numpy() for chunk in lists.chunks])
+    sums: np.ndarray = values.reshape(num_lists, -1).sum(axis=0)
+    return sums

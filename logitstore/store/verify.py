@@ -4,33 +4,36 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
-import pyarrow as pa
-import pyarrow.compute as pc
+import numpy as np
 
 from logitstore.errors import CorruptShardError, IncompatibleStoreError, LogitStoreError, StoreNotFoundError
 from logitstore.shard.invariants import find_violations
-from logitstore.shard.layout import DOCUMENT_COLUMNS, SIGNAL_COLUMNS
 from logitstore.shard.reader import decode_row_group, read_footer
-from logitstore.shard.summary import RowGroup, compute_row_group_statistics
+from logitstore.shard.summary import RowGroup, ShardSummary, compute_row_group_statistics
 from logitstore.store.commit import (
     COMMITS,
     DATA,
     QUARANTINE,
     Commit,
-    build_commit_path,
-    list_units,
+    list_unit_files,
     parse_commit,
+    parse_commit_path,
+    read_commit_files,
 )
-from logitstore.store.files import StoredFile, StoreFiles
-from logitstore.store.manifest import Manifest, build_manifest_path, list_manifests, read_manifest, take_snapshot
+from logitstore.store.files import StoreFiles
+from logitstore.store.manifest import Manifest, build_manifest, build_manifest_path, list_manifests, read_manifest
 from logitstore.store.plan import StorePlan, read_plan
 
 # Shards verified at once: each holds one shard in memory.
 PARALLEL_SHARDS = 2
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,73 +89,106 @@ def verify_store(
             version wrote it or a commit in it.
     """
     plan = read_plan(files)
-    fingerprint = plan.compute_fingerprint()
-    num_units = len(plan.build_unit_table())
-    units = list_units(files, COMMITS)
-    sizes = {f"{DATA}/{file.name}": file for file in files.list(DATA)}
-    problems: list[Problem] = []
-    records = positions = num_bytes = 0
-
-    def verify_unit(unit: int) -> tuple[Commit | None, list[Problem]]:
-        return _verify_unit(files, plan, fingerprint, unit, num_units, sizes, quick=quick)
-
-    with ThreadPoolExecutor(PARALLEL_SHARDS) as pool:
-        for done, (commit, found) in enumerate(pool.map(verify_unit, units), start=1):
-            problems.extend(found)
-            if commit is not None and commit.shard is not None and not found:
-                records += commit.shard.records
-                positions += commit.shard.positions
-                num_bytes += commit.shard.bytes
-            if report is not None:
-                report(done, len(units))
-    quarantined = set(list_units(files, QUARANTINE)) - set(units)
-    is_finished = len(units) + len(quarantined) >= num_units
-    problems.extend(_verify_manifests(files, fingerprint, is_finished=is_finished, has_damaged_units=bool(problems)))
+    # Before the commits are listed, so that each of its units is among them.
+    newest, manifest_problems = _read_manifests(files)
+    units = list_unit_files(files, COMMITS).units
+    quarantined = np.setdiff1d(list_unit_files(files, QUARANTINE).units, units)
+    check = _UnitCheck(files, plan, quick=quick)
+    is_finished = len(units) + len(quarantined) >= check.num_units
+    # What was committed since the manifest of a store that is not finished belongs into the next one.
+    compared = units if is_finished or newest is None else newest.units
+    sound = check.iterate_sound(units, compared, report or _report_nothing)
+    live = build_manifest(files, check.fingerprint, sound)
+    problems = check.problems + manifest_problems
+    if not check.problems:  # damaged commits may be unreadable, and the next manifest will be without them
+        problems += _find_manifest_problems(files, newest, live, is_finished=is_finished)
     return Verification(
         units=len(units),
-        units_planned=num_units,
+        units_planned=check.num_units,
         quarantined=len(quarantined),
-        records=records,
-        positions=positions,
-        bytes=num_bytes,
+        records=check.records,
+        positions=check.positions,
+        bytes=check.bytes,
         problems=tuple(problems),
     )
 
 
-def _verify_unit(
-    files: StoreFiles,
-    plan: StorePlan,
-    fingerprint: str,
-    unit: int,
-    num_units: int,
-    sizes: dict[str, StoredFile],
-    *,
-    quick: bool,
-) -> tuple[Commit | None, list[Problem]]:
-    path = build_commit_path(unit)
-    requeue = f"run 'logitstore verify {files.url} --repair', then 'logitstore capture' to capture unit {unit} again"
+def _report_nothing(done: int, units: int) -> None:
+    pass
 
-    def problem(where: str, what: str) -> Problem:
-        return Problem(path=where, what=what, what_to_do=requeue, unit=unit)
 
-    try:
-        commit = parse_commit(files.read(path), path)
-    except FileNotFoundError:  # taken back since it was listed
-        return None, []
-    except CorruptShardError as error:
-        return None, [problem(path, str(error))]
-    found = [problem(path, what) for what in _find_commit_problems(commit, fingerprint, unit, num_units)]
-    if commit.file is None or commit.shard is None or found:
-        return commit, found
-    stored = sizes.get(commit.file)
-    if stored is None:
-        return commit, [problem(commit.file, "the commit names this file, and it is not there")]
-    if stored.bytes != commit.shard.bytes:
-        what = f"expected {commit.shard.bytes} bytes, found {stored.bytes}"
-        return commit, [problem(commit.file, what)]
-    if quick:
-        return commit, []
-    return commit, [problem(commit.file, what) for what in _find_shard_problems(files, plan, fingerprint, commit)]
+class _UnitCheck:
+    """A pass over the commits and shards of a store, and what it has found so far."""
+
+    def __init__(self, files: StoreFiles, plan: StorePlan, *, quick: bool) -> None:
+        self._files, self._plan, self._quick = files, plan, quick
+        self.fingerprint = plan.compute_fingerprint()
+        self.num_units = len(plan.build_unit_table())
+        self._sizes = {file.name: file.bytes for file in files.list(DATA)}
+        self.records = self.positions = self.bytes = 0
+        self.problems: list[Problem] = []
+
+    def iterate_sound(
+        self, units: np.ndarray, compared: np.ndarray, report: Callable[[int, int], None]
+    ) -> Iterator[Commit]:
+        """Check all of these units; yields the commits of those in `compared` that nothing is wrong with, in order."""
+        is_compared = np.zeros(self.num_units, dtype=bool)
+        is_compared[compared[compared < self.num_units]] = True
+        paths_and_data = read_commit_files(self._files, units)
+        with ThreadPoolExecutor(PARALLEL_SHARDS) as pool:
+            checked = map(self._check, paths_and_data) if self._quick else _map_ahead(pool, self._check, paths_and_data)
+            for done, (commit, found) in enumerate(checked, start=1):
+                self.problems.extend(found)
+                if commit is not None and not found:
+                    if commit.shard is not None:
+                        self.records += commit.shard.records
+                        self.positions += commit.shard.positions
+                        self.bytes += commit.shard.bytes
+                    if is_compared[commit.unit]:
+                        yield commit
+                report(done, len(units))
+
+    def _check(self, path_and_data: tuple[str, bytes]) -> tuple[Commit | None, list[Problem]]:
+        path, data = path_and_data
+        unit = parse_commit_path(path)
+        repair = f"run 'logitstore verify {self._files.url} --repair'"
+
+        def problem(where: str, what: str) -> Problem:
+            mend = f"{repair}, then 'logitstore capture' to capture unit {unit} again"
+            return Problem(path=where, what=what, what_to_do=mend, unit=unit)
+
+        try:
+            commit = parse_commit(data, path)
+        except CorruptShardError as error:
+            return None, [problem(path, str(error))]
+        found = [problem(path, what) for what in _find_commit_problems(commit, self.fingerprint, unit, self.num_units)]
+        if commit.file is None or commit.shard is None or found:
+            return commit, found
+        return commit, [
+            problem(commit.file, what) for what in self._find_file_problems(commit, commit.file, commit.shard)
+        ]
+
+    def _find_file_problems(self, commit: Commit, file: str, shard: ShardSummary) -> Iterator[str]:
+        stored = self._sizes.get(file.removeprefix(f"{DATA}/"))
+        if stored is None:
+            yield "the commit names this file, and it is not there"
+        elif stored != shard.bytes:
+            yield f"expected {shard.bytes} bytes, found {stored}"
+        elif not self._quick:
+            yield from _find_shard_problems(self._files, self._plan, self.fingerprint, commit)
+
+
+def _map_ahead(
+    pool: ThreadPoolExecutor, function: Callable[[_Item], _Result], items: Iterable[_Item]
+) -> Iterator[_Result]:
+    """As `pool.map`, but takes an item only when a result is taken: a store may have a million."""
+    waiting: deque[Future[_Result]] = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) > 2 * PARALLEL_SHARDS:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 def _find_commit_problems(commit: Commit, fingerprint: str, unit: int, num_units: int) -> Iterator[str]:
@@ -183,6 +219,11 @@ def _find_shard_problems(files: StoreFiles, plan: StorePlan, fingerprint: str, c
         return
     if (header.plan_fingerprint, header.unit) != (fingerprint, commit.unit):
         yield f"expected unit {commit.unit} of this plan, found unit {header.unit} of plan {header.plan_fingerprint}"
+    if (header.vocab_size, header.codec) != (plan.teacher.vocab_size, plan.shard.codec):
+        yield (
+            f"expected {plan.teacher.vocab_size} ids in codec {plan.shard.codec.kind}, found {header.vocab_size} in "
+            f"{header.codec.kind}"
+        )
     intact = True
     starts = itertools.accumulate((row_group.records for row_group in shard.row_groups), initial=0)
     for index, (start, row_group) in enumerate(zip(starts, shard.row_groups, strict=False)):
@@ -191,13 +232,14 @@ def _find_shard_problems(files: StoreFiles, plan: StorePlan, fingerprint: str, c
             yield f"row group {index}: the bytes are not the ones that were committed"
             intact = False
             continue
-        columns = SIGNAL_COLUMNS + DOCUMENT_COLUMNS
         try:
-            batch = decode_row_group(metadata, index, row_group.offset, part, columns, commit.file)
+            batch = decode_row_group(
+                metadata, header, index, row_group.offset, part, with_documents=True, where=commit.file
+            )
         except CorruptShardError as error:
             yield str(error)
             continue
-        for violation in find_violations(batch, vocab_size=plan.teacher.vocab_size, codec=plan.shard.codec):
+        for violation in find_violations(batch, header):
             yield f"row group {index}, {violation}"
         expected_indices = range(start, start + row_group.records)
         if batch.indices.tolist() != list(expected_indices) or set(batch.units.tolist()) != {commit.unit}:
@@ -217,49 +259,47 @@ def _compare_statistics(index: int, committed: RowGroup, found: dict[str, object
             yield f"row group {index}: {name}: the commit says {expected}, the bytes say {value}"
 
 
-def _verify_manifests(
-    files: StoreFiles, fingerprint: str, *, is_finished: bool, has_damaged_units: bool
-) -> Iterator[Problem]:
-    """All manifests must be readable, and the newest one list what is committed: all of it, once the capture ended."""
-    numbers = list_manifests(files)
-    rebuild = f"run 'logitstore verify {files.url} --repair' to write a new manifest"
+def _read_manifests(files: StoreFiles) -> tuple[Manifest | None, list[Problem]]:
+    """The newest manifest, where it can be read, and what is wrong with any of them."""
+    rebuild = f"run 'logitstore verify {files.url} --repair' to write a new manifest and remove this one"
     newest: Manifest | None = None
-    for number in numbers:
+    problems = []
+    for number in list_manifests(files):
         path = build_manifest_path(number)
         newest = None
         try:
             newest = read_manifest(files, number)
         except CorruptShardError as error:
-            remove = f"run 'logitstore verify {files.url} --repair' to write a new manifest and remove this one"
-            yield Problem(path=path, what=str(error), what_to_do=remove, damaged_manifest=number)
+            problems.append(Problem(path=path, what=str(error), what_to_do=rebuild, damaged_manifest=number))
         except IncompatibleStoreError as error:
-            yield Problem(path=path, what=str(error), what_to_do="use the logitstore that wrote it")
+            problems.append(Problem(path=path, what=str(error), what_to_do="use the logitstore that wrote it"))
         except StoreNotFoundError:  # removed by a repair since it was listed
             continue
-    if has_damaged_units:  # their commits may be unreadable, and the next manifest will be without them
-        return
-    if not numbers and is_finished:
-        yield Problem(path="manifest-*.parquet", what="there is no manifest yet", what_to_do=rebuild)
+    return newest, problems
+
+
+def _find_manifest_problems(
+    files: StoreFiles, newest: Manifest | None, live: Manifest, *, is_finished: bool
+) -> Iterator[Problem]:
+    """The newest manifest must list what is committed: all of it, once the capture ended."""
+    rebuild = f"run 'logitstore verify {files.url} --repair' to write a new manifest"
     if newest is None:
-        return
-    live = take_snapshot(files, fingerprint, None)
-    if (what := _compare_manifests(newest, live, is_finished=is_finished)) is not None:
-        yield Problem(path=build_manifest_path(numbers[-1]), what=what, what_to_do=rebuild)
+        if is_finished and not list_manifests(files):
+            yield Problem(path="manifest-*.parquet", what="there is no manifest yet", what_to_do=rebuild)
+    elif (what := _compare_manifests(newest, live)) is not None:
+        yield Problem(path=build_manifest_path(newest.number or 0), what=what, what_to_do=rebuild)
 
 
-def _compare_manifests(stored: Manifest, live: Manifest, *, is_finished: bool) -> str | None:
+def _compare_manifests(stored: Manifest, live: Manifest) -> str | None:
     if stored.plan_fingerprint != live.plan_fingerprint:
         return (
             f"lists another plan\n  in the manifest: {stored.plan_fingerprint}\n"
             f"  in plan.json:    {live.plan_fingerprint}"
         )
-    listed = live.table
-    if not is_finished:  # what was committed since belongs into the next manifest
-        listed = listed.filter(pc.is_in(listed["unit"], pa.array(stored.units)))
-    if stored.table.equals(listed):
+    if stored.lists_the_same(live):
         return None
-    missing = sorted(set(live.units.tolist()) - set(stored.units.tolist()))
-    surplus = sorted(set(stored.units.tolist()) - set(live.units.tolist()))
-    if not missing and not surplus:
+    missing = np.setdiff1d(live.units, stored.units)
+    surplus = np.setdiff1d(stored.units, live.units)
+    if not len(missing) and not len(surplus):
         return "its entries differ from the commits"
-    return f"units committed but not listed: {missing[:10]}; listed but not committed: {surplus[:10]}"
+    return f"units committed but not listed: {missing[:10].tolist()}; listed but not committed: {surplus[:10].tolist()}"

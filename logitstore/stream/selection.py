@@ -38,15 +38,14 @@ def split_row_groups(store: LogitStore, held_out: HeldOut | None) -> tuple[np.nd
     everything = np.arange(store.num_row_groups)
     if held_out is None:
         return everything, everything[:0]
-    rows = store.manifest.row_groups
     if held_out.source is not None:
-        is_held = pc.equal(rows["source"], held_out.source).to_numpy()
+        is_held = pc.equal(store.manifest.read_row_groups("source")["source"], held_out.source).to_numpy()
     else:
         assert held_out.fraction is not None
         # The first 52 bits of the digest, as an integer.
-        keys = store.manifest.digests[:, :7].astype(np.int64) @ (1 << np.arange(48, -1, -8)) >> 4
-        ranks = np.argsort(np.argsort(keys, kind="stable"), kind="stable")
-        is_held = ranks < max(1, round(held_out.fraction * len(keys)))
+        keys = store.manifest.digests[:, :8].copy().view(">u8")[:, 0].astype(np.uint64) >> np.uint64(12)
+        is_held = np.zeros(len(keys), dtype=bool)
+        is_held[np.argsort(keys, kind="stable")[: max(1, round(held_out.fraction * len(keys)))]] = True
     train, kept = everything[~is_held], everything[is_held]
     if not len(train) or not len(kept):
         raise ConfigError(

@@ -135,7 +135,7 @@ def test_reader_with_flipped_byte_names_the_file_and_part(build_store: BuildStor
     store = build_store(num_units=1)
     [path] = Path(store.url).glob("data/*.parquet")
     data = bytearray(path.read_bytes())
-    footer = store.manifest.table["footer_offset"][0].as_py()
+    footer = store.manifest.file.read()["footer_offset"][0].as_py()
     place = {"first byte": 4, "pages": footer // 2, "footer": footer + 9}[part]
     data[place] ^= 0x40
     path.write_bytes(data)

@@ -122,7 +122,7 @@ def test_repair_mends_a_manifest_that_lists_an_attempt_whose_commit_was_replaced
     assert [problem.what for problem in verify_store(files).problems] == ["its entries differ from the commits"]
     assert repair_store(files, verify_store(files)) == []
     assert verify_store(files).is_clean
-    assert read_manifest(files).per_unit["attempt"].to_pylist() == ["first", "second", "first"]
+    assert read_manifest(files).read_units("attempt")["attempt"].to_pylist() == ["first", "second", "first"]
 
 
 def test_damaged_older_manifest_is_found_and_removed_by_repair(files: StoreFiles, tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def capture_again(files: StoreFiles, unit: int, folder: Path) -> None:
 
 
 def list_attempts(files: StoreFiles) -> list[str]:
-    return read_manifest(files).per_unit["attempt"].to_pylist()  # type: ignore[no-any-return]  # pyarrow is untyped
+    return read_manifest(files).read_units("attempt")["attempt"].to_pylist()  # type: ignore[no-any-return]  # pyarrow is untyped
 
 
 def test_snapshot_takes_units_of_the_previous_manifest_over_unread(files: CountingFiles, tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_snapshot_takes_units_of_the_previous_manifest_over_unread(files: Counti
     previous = read_manifest(files)
     snapshot = take_snapshot(files, previous.plan_fingerprint, previous)
     assert files.reads == [build_manifest_path(1)]
-    assert snapshot.table.equals(previous.table)
+    assert snapshot.file.read().equals(previous.file.read())
 
 
 def test_unit_captured_again_after_its_commit_was_deleted_replaces_its_rows(
@@ -124,7 +124,7 @@ def test_manifest_rows_hold_what_the_commits_say_and_sums_are_right(tmp_path: Pa
     plan = create_plan(files, build_plan(2))
     for unit in (1, 0):
         commit(files, unit, "a", tmp_path, num_records=30)
-    table = write_manifest(files, plan.compute_fingerprint()).table
+    table = write_manifest(files, plan.compute_fingerprint()).file.read()
     shards = [shard for unit in range(2) if (shard := read_commit(files, unit).shard) is not None]
     assert table["unit"].to_pylist() == [unit for unit, shard in enumerate(shards) for _ in shard.row_groups]
     groups = [group for shard in shards for group in shard.row_groups]
@@ -148,8 +148,8 @@ def test_manifest_built_in_pieces_equals_one_built_at_once(tmp_path: Path, monke
     for unit in range(4):
         commit(files, unit, "a", tmp_path, num_records=20)
     whole = take_snapshot(files, fingerprint, None)
-    monkeypatch.setattr("logitstore.store.manifest_table._ROWS_AT_A_TIME", 2)
-    assert take_snapshot(files, fingerprint, None).table.equals(whole.table)
+    monkeypatch.setattr("logitstore.store.manifest_table._COMMITS_AT_A_TIME", 2)
+    assert take_snapshot(files, fingerprint, None).file.data == whole.file.data
 
 
 def test_manifest_of_many_row_groups_costs_few_bytes_of_each(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_manifest_of_many_row_groups_costs_few_bytes_of_each(tmp_path: Path) -> 
     plan = create_plan(files, build_plan(1, shard={"codec": {"kind": "float32"}, "row_group_bytes": 1}))
     records = build_records(400, vocab_size=VOCAB_SIZE, length=2)
     commit_unit(files, put_shard(files, plan, 0, records, "a", tmp_path))
-    table = write_manifest(files, plan.compute_fingerprint()).table
+    table = write_manifest(files, plan.compute_fingerprint()).file.read()
     assert table.num_rows == 400
     assert table.nbytes / table.num_rows < 220
 

@@ -1,0 +1,124 @@
+"""The Parquet form of a manifest: written while its rows come, read column by column.
+
+A store of a million shards has millions of rows at 330 bytes each in memory, 130 as Parquet. So a manifest is held as
+Parquet bytes, and whoever wants some of its columns has those decoded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from logitstore.errors import CorruptShardError, IncompatibleStoreError
+from logitstore.shard.layout import FORMAT_VERSION
+from logitstore.store.manifest_table import SCHEMA
+
+_METADATA_KEY = b"logitstore_manifest"
+# Rows decoded at a time by those who go through a manifest: about 40 MB with all columns.
+_ROWS_AT_A_TIME = 131_072
+# Columns whose values repeat; a dictionary of the others is work for nothing.
+_REPEATING = ["source", "dead_letter_counts", "records", "positions", "taught_positions", "support_entries"]
+
+
+class ManifestFile:
+    """A manifest as Parquet bytes in memory. Safe to use from several threads.
+
+    Args:
+        data: the bytes.
+        where: what to call it in errors.
+    Raises:
+        CorruptShardError: this is no manifest.
+        IncompatibleStoreError: a program with another format version wrote it.
+    """
+
+    def __init__(self, data: bytes, where: str) -> None:
+        self.data = data
+        self._where = where
+        with self._explain():
+            parquet = self._open()
+            header = json.loads(parquet.schema_arrow.metadata[_METADATA_KEY])
+            version, self.plan_fingerprint = header["format_version"], str(header["plan_fingerprint"])
+        if version != FORMAT_VERSION:
+            raise IncompatibleStoreError(
+                f"{where}: format version differs\n  in the manifest: {version}\n"
+                f"  this program reads: {FORMAT_VERSION}\ninstall a logitstore that reads that version"
+            )
+        if not parquet.schema_arrow.remove_metadata().equals(SCHEMA):
+            raise CorruptShardError(
+                f"{where}: expected the columns of a manifest, found others; run 'logitstore verify --repair'"
+            )
+
+    def read(self, names: Sequence[str] = SCHEMA.names) -> pa.Table:
+        """All rows of some columns; those of strings that repeat come as dictionaries.
+
+        Raises:
+            CorruptShardError: the bytes are damaged.
+        """
+        with self._explain():
+            return self._open().read(list(names))
+
+    def iterate(self, names: Sequence[str] = SCHEMA.names) -> Iterator[pa.Table]:
+        """Some columns, some rows at a time, in order; see `read`."""
+        parquet = self._open()
+        for row_group in range(parquet.num_row_groups):
+            with self._explain():
+                table = parquet.read_row_group(row_group, list(names))
+            yield table
+
+    def check(self) -> None:
+        """Decode everything once.
+
+        Raises:
+            CorruptShardError: the bytes are damaged.
+        """
+        for _ in self.iterate():
+            pass
+
+    def _open(self) -> pq.ParquetFile:
+        return pq.ParquetFile(pa.BufferReader(self.data), page_checksum_verification=True)
+
+    @contextlib.contextmanager
+    def _explain(self) -> Iterator[None]:
+        try:
+            yield
+        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+            raise CorruptShardError(
+                f"{self._where}: expected a manifest, found {error}; run 'logitstore verify --repair'"
+            ) from error
+
+
+def write_manifest_file(tables: Iterable[pa.Table], plan_fingerprint: str, where: str) -> ManifestFile:
+    """Ordered rows as Parquet, the same bytes for the same rows however they are cut into tables."""
+    header = {"format_version": FORMAT_VERSION, "plan_fingerprint": plan_fingerprint}
+    schema = SCHEMA.with_metadata({_METADATA_KEY: json.dumps(header).encode()})
+    sink = io.BytesIO()
+    with pq.ParquetWriter(
+        sink, schema, compression="zstd", write_page_checksum=True, use_dictionary=_REPEATING
+    ) as writer:
+        for table in _cut(tables):
+            writer.write_table(table.replace_schema_metadata(schema.metadata), row_group_size=_ROWS_AT_A_TIME)
+    return ManifestFile(sink.getvalue(), where)
+
+
+def _cut(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The same rows in tables of equally many, but for the last one."""
+    waiting: list[pa.Table] = []
+    for table in tables:
+        waiting.append(table)
+        while sum(map(len, waiting)) >= _ROWS_AT_A_TIME:
+            joined = pa.concat_tables(waiting)
+            yield joined.slice(0, _ROWS_AT_A_TIME)
+            waiting = [joined.slice(_ROWS_AT_A_TIME)]
+    if any(map(len, waiting)):
+        yield pa.concat_tables(waiting)
+
+
+def select_rows(table: pa.Table, is_wanted: np.ndarray) -> pa.Table:
+    """Rows of a table by a mask; the table itself where all are wanted."""
+    return table if is_wanted.all() else table.filter(pa.array(is_wanted))
