@@ -18,6 +18,7 @@ from logitstore.errors import ConfigError, IncompatibleStoreError, InvalidSignal
 from logitstore.records import RecordBatch
 from logitstore.settings import build_settings
 from logitstore.shard.invariants import find_violations
+from logitstore.shard.layout import FORMAT_VERSION, ShardHeader
 from logitstore.store.commit import Outcome, read_commit
 from logitstore.store.files import StoreFiles
 from logitstore.store.logit_store import LogitStore
@@ -136,12 +137,22 @@ def test_captured_twice_gives_the_same_bytes(tmp_path: Path, teacher_folder: Pat
     assert digests[0] == digests[1]
 
 
+def build_header(store: LogitStore) -> ShardHeader:
+    return ShardHeader(
+        format_version=FORMAT_VERSION,
+        unit=0,
+        plan_fingerprint=store.manifest.plan_fingerprint,
+        vocab_size=store.plan.teacher.vocab_size,
+        codec=store.plan.shard.codec,
+    )
+
+
 def test_signals_shifted_against_their_tokens_are_caught(tmp_path: Path, teacher_folder: Path) -> None:
     store, _ = capture_everything(build_capture_settings(tmp_path, teacher_folder, [document(TEXT * 4)]))
     record = store[0]
     shifted = replace(record, token_ids=np.roll(record.token_ids, 1))
     batch = RecordBatch.from_records([shifted])
-    violations = list(find_violations(batch, vocab_size=store.plan.teacher.vocab_size, codec=store.plan.shard.codec))
+    violations = list(find_violations(batch, build_header(store)))
     assert any("shifted" in violation.what for violation in violations)
 
 

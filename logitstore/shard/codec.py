@@ -1,40 +1,67 @@
 """Value codecs: how logprobs and the scalars per position are rounded for storage.
 
-Both codecs of format version 1 store plain float32 columns, so any reader sees nats. A codec is chosen per store,
-declared in the plan and in every shard, and its bound is checked for every row group that is written.
+A codec is chosen per store, declared in the plan, in every manifest and in every shard. It says which column holds the
+support's values and how far a stored value may be from the one it was made of; the bound is checked for every row group
+that is written. FORMAT.md specifies all three.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
 from logitstore.errors import InvalidSignalError
+from logitstore.records import RecordBatch
 from logitstore.settings import Settings
+from logitstore.shard import compact
+
+SCALARS = ("tail_logprob", "entropy", "next_token_logprob")
 
 
-class Float32Codec(Settings):
+class _FloatCodec(Settings):
+    """The support's values as float32 nats, in a column that any reader understands."""
+
+    value_column: ClassVar[str] = "support_logprobs"
+    relative_bound: ClassVar[float]
+    absolute_bound: ClassVar[float]
+
+    def round(self, values: np.ndarray) -> np.ndarray:
+        """Values as they are stored: [...] float32."""
+        raise NotImplementedError
+
+    def encode(self, logprobs: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """[N] float32, the value column of supports."""
+        return self.round(logprobs)
+
+    def decode(self, values: np.ndarray, counts: np.ndarray, tail_logprob: np.ndarray) -> np.ndarray:
+        """[N] float32 nats from the value column."""
+        return values
+
+    def bound_support(self, batch: RecordBatch) -> np.ndarray:
+        """[N] float64, nats: how far each support logprob of a batch may be from what the teacher said."""
+        return self.bound_scalar(batch.support_logprobs)
+
+    def bound_scalar(self, values: np.ndarray) -> np.ndarray:
+        """[...] float64: how far stored scalars may be from their originals; 0 for infinite ones."""
+        finite = np.where(np.isfinite(values), np.abs(values.astype(np.float64)), 0.0)
+        return np.maximum(self.relative_bound * finite, self.absolute_bound)
+
+
+class Float32Codec(_FloatCodec):
     """Values as the teacher computed them, bit for bit."""
 
     kind: Literal["float32"] = "float32"
-
-    @property
-    def relative_bound(self) -> float:
-        """Largest |decoded - value| / |value|."""
-        return 0.0
-
-    @property
-    def absolute_bound(self) -> float:
-        """Largest |decoded - value| where the relative bound is smaller, in nats."""
-        return 0.0
+    relative_bound: ClassVar[float] = 0.0
+    absolute_bound: ClassVar[float] = 0.0
 
     def round(self, values: np.ndarray) -> np.ndarray:
         return values.astype(np.float32, copy=False)
 
 
-class Float16Codec(Settings):
+class Float16Codec(_FloatCodec):
     """Values rounded to float16 and kept in float32 columns.
 
     The thirteen mantissa bits that are zero compress away; a float16 column would be 5% smaller, but several Parquet
@@ -42,33 +69,64 @@ class Float16Codec(Settings):
     """
 
     kind: Literal["float16"] = "float16"
-
-    @property
-    def relative_bound(self) -> float:
-        return 2.0**-11
-
-    @property
-    def absolute_bound(self) -> float:
-        return 2.0**-25  # half the spacing of float16's subnormal numbers
+    relative_bound: ClassVar[float] = 2.0**-11
+    absolute_bound: ClassVar[float] = 2.0**-25  # half the spacing of float16's subnormal numbers
 
     def round(self, values: np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore"):
             return values.astype(np.float16).astype(np.float32)
 
 
-Codec = Annotated[Float32Codec | Float16Codec, Field(discriminator="kind")]
+class CompactCodec(_FloatCodec):
+    """Support logprobs as integer levels, finest where the probability is; scalars with eleven significant bits.
+
+    The column `support_steps` holds by how many levels each slot lies below the one before. Decoded supports are
+    rescaled to 1 − tail.
+    """
+
+    kind: Literal["compact"] = "compact"
+    value_column: ClassVar[str] = "support_steps"
+    relative_bound: ClassVar[float] = 2.0**-11
+    absolute_bound: ClassVar[float] = 2.0**-137  # half the spacing of what is below float32's normal numbers, rounded
+
+    def round(self, values: np.ndarray) -> np.ndarray:
+        return compact.round_scalars(values)
+
+    def encode(self, logprobs: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        return compact.encode_steps(logprobs, counts)
+
+    def decode(self, values: np.ndarray, counts: np.ndarray, tail_logprob: np.ndarray) -> np.ndarray:
+        return compact.decode_steps(values, counts, tail_logprob)
+
+    def bound_support(self, batch: RecordBatch) -> np.ndarray:
+        return compact.bound_logprobs(batch.support_logprobs, batch.support_counts)
 
 
-def encode_values(codec: Codec, values: np.ndarray, *, where: str) -> np.ndarray:
-    """Round values for storage, float32 out.
+Codec = Annotated[Float32Codec | Float16Codec | CompactCodec, Field(discriminator="kind")]
+
+
+def encode_batch(codec: Codec, batch: RecordBatch, *, where: str) -> tuple[RecordBatch, np.ndarray]:
+    """Round a batch for storage.
+
+    Returns the batch as a reader will see it, and its value column. Values that no codec can hold (NaN, infinite or
+    rising support logprobs) are passed through for the invariants to complain of.
 
     Raises:
-        InvalidSignalError: a rounded value misses the codec's bound (a finite value beyond float16's range does).
+        InvalidSignalError: a value that is read back misses the codec's bound.
     """
-    rounded: np.ndarray = codec.round(values)
+    scalars: dict[str, Any] = {name: codec.round(getattr(batch, name)) for name in SCALARS}
+    for name, rounded in scalars.items():
+        _check_bound(codec, rounded, getattr(batch, name), codec.bound_scalar(getattr(batch, name)), f"{where}, {name}")
+    values = codec.encode(batch.support_logprobs, batch.support_counts)
+    decoded = codec.decode(values, batch.support_counts, scalars["tail_logprob"])
+    where = f"{where}, support_logprobs"
+    _check_bound(codec, decoded, batch.support_logprobs, codec.bound_support(batch), where)
+    return replace(batch, support_logprobs=decoded, **scalars), values
+
+
+def _check_bound(codec: Codec, rounded: np.ndarray, values: np.ndarray, allowed: np.ndarray, where: str) -> None:
     with np.errstate(invalid="ignore"):
         error = np.abs(rounded.astype(np.float64) - values.astype(np.float64))
-        allowed = np.maximum(codec.relative_bound * np.abs(values.astype(np.float64)), codec.absolute_bound)
     # -inf - -inf is NaN and means no error; a NaN value is caught by the invariants.
     missed = (error > allowed) | (np.isinf(rounded) & np.isfinite(values))
     if missed.any():
@@ -77,4 +135,3 @@ def encode_values(codec: Codec, values: np.ndarray, *, where: str) -> np.ndarray
             f"{where}: expected {codec.kind} to hold values within its bound, found {values[worst]!r} stored as "
             f"{rounded[worst]!r}; capture with codec float32"
         )
-    return rounded

@@ -9,7 +9,8 @@ import numpy as np
 
 from logitstore.errors import InvalidSignalError
 from logitstore.records import RecordAddress, RecordBatch
-from logitstore.shard.codec import Codec
+from logitstore.shard.compact import sum_positions
+from logitstore.shard.layout import ShardHeader
 
 # Float32 logits of magnitude 100 carry rounding errors of about 1e-5 nats into every logprob; ten times that.
 LOGPROB_TOLERANCE = 1e-4
@@ -30,32 +31,35 @@ class Violation:
         return f"record {self.address}, position {self.position}: {self.what}{more}"
 
 
-def check_batch(batch: RecordBatch, *, vocab_size: int, codec: Codec, where: str) -> None:
-    """Raise for the first broken invariant of a batch.
+def check_batch(batch: RecordBatch, header: ShardHeader, *, where: str) -> None:
+    """Raise for the first broken invariant of a batch, as it will be read back.
 
     Raises:
         InvalidSignalError: names record, position, what was expected and what was found.
     """
-    for violation in find_violations(batch, vocab_size=vocab_size, codec=codec):
+    for violation in find_violations(batch, header):
         raise InvalidSignalError(f"{where}: {violation}; the unit must be captured again")
 
 
-def find_violations(batch: RecordBatch, *, vocab_size: int, codec: Codec) -> Iterator[Violation]:
-    """Yield every kind of broken invariant in a batch, each at its first position.
+def find_violations(batch: RecordBatch, header: ShardHeader) -> Iterator[Violation]:
+    """Yield every kind of broken invariant in a batch of a shard, each at its first position.
 
     Checked: ids below the vocabulary; supports non-empty or all mass in the tail, without repeats, likeliest first;
     values finite; mass 1; entropy between what support and tail allow; and that the logprob of the next token agrees
-    with the support, which no signal does that is shifted against its tokens.
+    with the support, which no signal does that is shifted against its tokens. NaN passes where the header says that the
+    scalar may be unknown.
     """
     if (shape := _find_shape_violation(batch)) is not None:
         yield shape
         return
-    failures = [(_mark_tokens(batch, vocab_size), f"token id outside [0, {vocab_size})")]
-    failures.extend(_check_support(batch, vocab_size))
+    failures = [(_mark_tokens(batch, header.vocab_size), f"token id outside [0, {header.vocab_size})")]
+    failures.extend(_check_support(batch, header.vocab_size))
+    failures.extend(_check_scalars(batch, header))
     found_bad = any(bad.any() for bad, _ in failures)
     if not found_bad:  # sums over ids that are out of range or repeated would only repeat the complaint
-        failures.extend(_check_masses(batch, vocab_size, codec))
-        failures.extend(_check_next_token(batch, codec))
+        bound = header.codec.bound_support(batch)
+        failures.extend(_check_masses(batch, header, bound))
+        failures.extend(_check_next_token(batch, header, bound))
     for bad, what in failures:
         if bad.any():
             yield _locate(batch, bad, what)
@@ -116,7 +120,9 @@ def _position_of_entry(batch: RecordBatch) -> np.ndarray:
 
 
 def _sum_by_position(batch: RecordBatch, values: np.ndarray) -> np.ndarray:
-    return np.bincount(_position_of_entry(batch), weights=values, minlength=batch.num_positions)
+    sums = np.zeros(batch.num_positions)
+    sums[batch.support_counts > 0] = sum_positions(values, batch.support_counts)
+    return sums
 
 
 def _check_support(batch: RecordBatch, vocab_size: int) -> Iterator[tuple[np.ndarray, str]]:
@@ -129,43 +135,54 @@ def _check_support(batch: RecordBatch, vocab_size: int) -> Iterator[tuple[np.nda
         return bad
 
     yield mark((ids < 0) | (ids >= vocab_size)), f"support id outside [0, {vocab_size})"
-    order = np.argsort(position * np.int64(1 << 32) + ids, kind="stable")
-    repeated = np.zeros(len(ids), dtype=bool)
-    repeated[order[1:]] = (ids[order[1:]] == ids[order[:-1]]) & (position[order[1:]] == position[order[:-1]])
-    yield mark(repeated), "a support id is repeated"
+    keys = np.sort(position << 32 | ids.astype(np.uint32))
+    repeated = np.zeros(batch.num_positions, dtype=bool)
+    repeated[keys[1:][keys[1:] == keys[:-1]] >> 32] = True
+    yield repeated, "a support id is repeated"
     yield mark(~np.isfinite(logprobs) | (logprobs > LOGPROB_TOLERANCE)), "a support logprob is not finite or above 0"
     rising = np.zeros(len(ids), dtype=bool)
     rising[1:] = (logprobs[1:] > logprobs[:-1]) & (position[1:] == position[:-1])
     yield mark(rising), "support logprobs are not ordered from the likeliest down"
+
+
+def _check_scalars(batch: RecordBatch, header: ShardHeader) -> Iterator[tuple[np.ndarray, str]]:
     for name in ("tail_logprob", "next_token_logprob"):
         values = getattr(batch, name)
-        yield np.isnan(values) | (values > LOGPROB_TOLERANCE), f"{name} is NaN or above 0"
-    yield ~np.isfinite(batch.entropy) | (batch.entropy < -LOGPROB_TOLERANCE), "entropy is not finite or below 0"
+        bad = values > LOGPROB_TOLERANCE if name in header.unknown_scalars else ~(values <= LOGPROB_TOLERANCE)
+        yield bad, f"{name} is NaN or above 0"
+    bad = ~np.isfinite(batch.entropy) | (batch.entropy < -LOGPROB_TOLERANCE)
+    if "entropy" in header.unknown_scalars:
+        bad &= ~np.isnan(batch.entropy)
+    yield bad, "entropy is not finite or below 0"
 
 
-def _check_masses(batch: RecordBatch, vocab_size: int, codec: Codec) -> Iterator[tuple[np.ndarray, str]]:
+def _check_masses(batch: RecordBatch, header: ShardHeader, bound: np.ndarray) -> Iterator[tuple[np.ndarray, str]]:
     logprobs, tail_logprob = batch.support_logprobs.astype(np.float64), batch.tail_logprob.astype(np.float64)
     probs, tail = np.exp(logprobs), np.exp(tail_logprob)
+    tail_bound = header.codec.bound_scalar(batch.tail_logprob)
     tail_entropy = np.where(tail > 0, -tail * np.where(tail > 0, tail_logprob, 0.0), 0.0)
     bucket_entropy = _sum_by_position(batch, -probs * logprobs) + tail_entropy
-    # A relative error e of every logprob l moves the mass by at most e * sum p|l|, which is the bucket entropy.
-    rounding = 2 * codec.relative_bound * bucket_entropy
+    # An error b of a logprob l moves the mass by p·b, and the entropy by p·|1 + l|·b.
+    rounding = _sum_by_position(batch, probs * bound) + tail * tail_bound
     mass = _sum_by_position(batch, probs) + tail
-    yield np.abs(mass - 1) > MASS_TOLERANCE + rounding, "support and tail do not sum to 1"
-    most = bucket_entropy + tail * np.log(np.maximum(vocab_size - batch.support_counts, 1))
-    slack = 1e-3 + 4 * codec.relative_bound * (1 + np.abs(batch.entropy)) + rounding
+    yield np.abs(mass - 1) > MASS_TOLERANCE + 2 * rounding, "support and tail do not sum to 1"
+    most = bucket_entropy + tail * np.log(np.maximum(header.vocab_size - batch.support_counts, 1))
+    moved = _sum_by_position(batch, -probs * logprobs * bound) + tail_entropy * header.codec.relative_bound
+    slack = 1e-3 + 2 * (rounding + moved + header.codec.bound_scalar(batch.entropy))
     outside = (batch.entropy < bucket_entropy - slack) | (batch.entropy > most + slack)
     yield outside, "entropy is not one that support and tail allow"
 
 
-def _check_next_token(batch: RecordBatch, codec: Codec) -> Iterator[tuple[np.ndarray, str]]:
+def _check_next_token(batch: RecordBatch, header: ShardHeader, bound: np.ndarray) -> Iterator[tuple[np.ndarray, str]]:
     position = _position_of_entry(batch)
     next_ids, found = compute_next_ids(batch), batch.next_token_logprob.astype(np.float64)
     hit = batch.support_ids == next_ids[position]
     expected = np.full(batch.num_positions, np.nan)
     expected[position[hit]] = batch.support_logprobs[hit]
-    allowed = LOGPROB_TOLERANCE + 2 * codec.relative_bound * np.abs(np.where(np.isfinite(found), found, 0.0))
-    differs = np.abs(expected - found) > allowed
+    allowed = LOGPROB_TOLERANCE + 2 * header.codec.bound_scalar(batch.next_token_logprob)
+    bound_of_hit = np.zeros(batch.num_positions)
+    bound_of_hit[position[hit]] = bound[hit]
+    differs = np.abs(expected - found) > allowed + bound_of_hit
     yield differs, "logprob of the next token differs from the support's: signal and tokens are shifted"
     too_likely = np.isnan(expected) & (found > batch.tail_logprob + allowed)
     yield too_likely, "the next token lies outside the support and is likelier than the tail: signal and tokens shifted"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -15,12 +16,22 @@ from logitstore.shard.codec import Codec
 
 FORMAT_VERSION = 1
 METADATA_KEY = b"logitstore"
+_PLAIN_COLUMNS = (
+    "token_ids",
+    "loss_mask",
+    "support_counts",
+    "support_ids",
+    "tail_logprob",
+    "entropy",
+    "next_token_logprob",
+)
 
 
 def _list_of(value_type: pa.DataType) -> pa.DataType:
     return pa.list_(pa.field("element", value_type, nullable=False))
 
 
+# The columns of every codec; a shard has `support_logprobs` or `support_steps`, as its codec says.
 SCHEMA = pa.schema(
     [
         pa.field("unit", pa.int32(), nullable=False),
@@ -33,15 +44,17 @@ SCHEMA = pa.schema(
         pa.field("support_counts", _list_of(pa.int32()), nullable=False),
         pa.field("support_ids", _list_of(pa.int32()), nullable=False),
         pa.field("support_logprobs", _list_of(pa.float32()), nullable=False),
+        pa.field("support_steps", _list_of(pa.uint16()), nullable=False),
         pa.field("tail_logprob", _list_of(pa.float32()), nullable=False),
         pa.field("entropy", _list_of(pa.float32()), nullable=False),
         pa.field("next_token_logprob", _list_of(pa.float32()), nullable=False),
     ]
 )
 DOCUMENT_COLUMNS = ("document_ids", "document_starts", "document_offsets")
-SIGNAL_COLUMNS = tuple(name for name in SCHEMA.names if name not in DOCUMENT_COLUMNS)
+_VALUE_COLUMNS = ("support_logprobs", "support_steps")
 # Numbers whose bytes look alike plane by plane and not value by value; measured in BENCHMARKS.md.
-SPLIT_COLUMNS = ("support_ids", "support_logprobs", "tail_logprob", "entropy", "next_token_logprob")
+SPLIT_COLUMNS = ("support_ids", *_VALUE_COLUMNS, "tail_logprob", "entropy", "next_token_logprob")
+UnknownScalar = Literal["entropy", "next_token_logprob"]
 
 
 class ShardHeader(Settings):
@@ -52,11 +65,20 @@ class ShardHeader(Settings):
     plan_fingerprint: str
     vocab_size: int
     codec: Codec
+    unknown_scalars: tuple[UnknownScalar, ...] = ()
+    """Columns in which NaN stands for a value that the source of the signals did not tell."""
 
 
 def build_schema(header: ShardHeader) -> pa.Schema:
-    """The shard's schema with the header as metadata."""
-    return SCHEMA.with_metadata({METADATA_KEY: header.model_dump_json().encode()})
+    """The schema of a shard, with the header as metadata."""
+    schema = pa.schema([SCHEMA.field(name) for name in list_columns(header.codec)])
+    return schema.with_metadata({METADATA_KEY: header.model_dump_json().encode()})
+
+
+def list_columns(codec: Codec, *, with_documents: bool = True) -> list[str]:
+    """Names of the columns of a codec's shards, in order."""
+    without = {name for name in _VALUE_COLUMNS if name != codec.value_column}
+    return [name for name in SCHEMA.names if name not in without and (with_documents or name not in DOCUMENT_COLUMNS)]
 
 
 def read_header(metadata: dict[bytes, bytes] | None, where: str) -> ShardHeader:
@@ -77,8 +99,8 @@ def read_header(metadata: dict[bytes, bytes] | None, where: str) -> ShardHeader:
     return ShardHeader.model_validate(values)
 
 
-def build_table(batch: RecordBatch, schema: pa.Schema) -> pa.Table:
-    """Columns of a shard from a batch; values are taken as they are (the codec has been applied)."""
+def build_table(batch: RecordBatch, values: np.ndarray, schema: pa.Schema) -> pa.Table:
+    """Columns of a shard from the two things that `encode_batch` makes of a batch."""
     positions, entries = batch.position_offsets, batch.support_offsets
     tokens = positions + np.arange(len(positions))
     documents = batch.documents if batch.documents is not None else ((),) * len(batch)
@@ -92,8 +114,9 @@ def build_table(batch: RecordBatch, schema: pa.Schema) -> pa.Table:
         "document_starts": _build_list(segments, [span.start for span in spans], schema, "document_starts"),
         "document_offsets": _build_list(segments, [span.document_offset for span in spans], schema, "document_offsets"),
     }
-    for name in ("support_ids", "support_logprobs"):
-        columns[name] = _build_list(entries, getattr(batch, name), schema, name)
+    columns["support_ids"] = _build_list(entries, batch.support_ids, schema, "support_ids")
+    for name in set(_VALUE_COLUMNS) & set(schema.names):
+        columns[name] = _build_list(entries, values, schema, name)
     for name in ("loss_mask", "support_counts", "tail_logprob", "entropy", "next_token_logprob"):
         columns[name] = _build_list(positions, getattr(batch, name), schema, name)
     return pa.table([columns[name] for name in schema.names], schema=schema)
@@ -106,21 +129,23 @@ def _build_list(offsets: np.ndarray, values: object, schema: pa.Schema, name: st
     )
 
 
-def build_batch(table: pa.Table) -> RecordBatch:
-    """Record batch from the columns of a shard; the document columns may be absent."""
+def build_batch(table: pa.Table, codec: Codec) -> RecordBatch:
+    """Record batch from the columns of a shard, its values decoded; the document columns may be absent."""
     columns = {name: table.column(name).combine_chunks() for name in table.column_names}
     values = {
         name: column.flatten().to_numpy(zero_copy_only=False)
         for name, column in columns.items()
         if pa.types.is_list(column.type) and name != "document_ids"
     }
+    signal = {name: values[name] for name in _PLAIN_COLUMNS}
     return RecordBatch(
         units=columns["unit"].to_numpy(),
         indices=columns["record"].to_numpy(),
         position_offsets=_read_offsets(columns["loss_mask"]),
         support_offsets=_read_offsets(columns["support_ids"]),
         documents=_read_documents(columns, values) if "document_ids" in columns else None,
-        **{name: values[name] for name in SIGNAL_COLUMNS if name not in ("unit", "record")},
+        support_logprobs=codec.decode(values[codec.value_column], signal["support_counts"], signal["tail_logprob"]),
+        **signal,
     )
 
 

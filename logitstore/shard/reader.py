@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Sequence
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from logitstore.errors import CorruptShardError
 from logitstore.records import RecordBatch
-from logitstore.shard.layout import ShardHeader, build_batch, read_header
+from logitstore.shard.layout import ShardHeader, build_batch, list_columns, read_header
 
 
 def check_digest(data: bytes, expected_bytes: int, expected_sha256: str, *, where: str, what_to_do: str) -> None:
@@ -47,16 +46,23 @@ def read_footer(footer: bytes, where: str) -> tuple[pq.FileMetaData, ShardHeader
 
 
 def decode_row_group(
-    metadata: pq.FileMetaData, row_group: int, offset: int, data: bytes, columns: Sequence[str], where: str
+    metadata: pq.FileMetaData,
+    header: ShardHeader,
+    row_group: int,
+    offset: int,
+    data: bytes,
+    *,
+    with_documents: bool,
+    where: str,
 ) -> RecordBatch:
     """Decode one row group from its bytes.
 
     Args:
-        metadata: the file's footer.
+        metadata, header: from the file's footer, see `read_footer`.
         row_group: 0-based.
         offset: where `data` begins in the file.
         data: the row group's bytes.
-        columns: names of the columns to decode.
+        with_documents: whether to decode the columns that name documents.
         where: names the file in errors.
     Raises:
         CorruptShardError: Parquet cannot decode the bytes.
@@ -65,8 +71,9 @@ def decode_row_group(
         file = pq.ParquetFile(
             pa.PythonFile(_FileWindow(offset, data), mode="r"), metadata=metadata, page_checksum_verification=True
         )
-        table = file.read_row_group(row_group, columns=list(columns), use_threads=False)
-        return build_batch(table)
+        columns = list_columns(header.codec, with_documents=with_documents)
+        table = file.read_row_group(row_group, columns=columns, use_threads=False)
+        return build_batch(table, header.codec)
     except (pa.ArrowException, OSError) as error:
         raise CorruptShardError(f"{where}: row group {row_group} cannot be decoded: {error}") from error
 

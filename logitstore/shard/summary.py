@@ -28,9 +28,9 @@ class RowGroup(Settings):
     taught_positions: int
     support_entries: int
     entropy_sum: float
-    """nats"""
+    """nats; unknown entropies, NaN, are left out here and in the histogram"""
     next_token_logprob_sum: float
-    """nats; positions where it is -inf are left out and counted in `impossible_tokens`"""
+    """nats; left out are unknown ones, NaN, and those that are -inf, which `impossible_tokens` counts"""
     impossible_tokens: int
     tail_mass_sum: float
     entropy_histogram: tuple[int, ...]
@@ -63,16 +63,17 @@ def compute_row_group_statistics(batch: RecordBatch) -> dict[str, object]:
     """The fields of `RowGroup` that depend on the values and not on the bytes."""
     next_token = batch.next_token_logprob.astype(np.float64)
     possible = np.isfinite(next_token)
-    entropy_bins = np.clip(batch.entropy / ENTROPY_BIN_NATS, 0, ENTROPY_BINS - 1).astype(np.int64)
+    entropy = batch.entropy[~np.isnan(batch.entropy)]
+    entropy_bins = np.clip(entropy / ENTROPY_BIN_NATS, 0, ENTROPY_BINS - 1).astype(np.int64)
     decades = np.clip(-batch.tail_logprob / np.log(10), 0, TAIL_DECADES).astype(np.int64)
     return {
         "records": len(batch),
         "positions": batch.num_positions,
         "taught_positions": int(batch.loss_mask.sum()),
         "support_entries": len(batch.support_ids),
-        "entropy_sum": float(batch.entropy.sum(dtype=np.float64)),
+        "entropy_sum": float(entropy.sum(dtype=np.float64)),
         "next_token_logprob_sum": float(next_token[possible].sum()),
-        "impossible_tokens": int((~possible).sum()),
+        "impossible_tokens": int((next_token == -np.inf).sum()),
         "tail_mass_sum": float(np.exp(batch.tail_logprob.astype(np.float64)).sum()),
         "entropy_histogram": tuple(np.bincount(entropy_bins, minlength=ENTROPY_BINS).tolist()),
         "tail_histogram": tuple(np.bincount(decades, minlength=TAIL_DECADES + 1).tolist()),

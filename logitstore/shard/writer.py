@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,16 +13,17 @@ import pyarrow.parquet as pq
 from logitstore.errors import InvalidSignalError
 from logitstore.records import Record, RecordBatch
 from logitstore.settings import Settings
-from logitstore.shard.codec import Codec, Float16Codec, encode_values
+from logitstore.shard.codec import Codec, CompactCodec, encode_batch
 from logitstore.shard.invariants import check_batch
-from logitstore.shard.layout import SCHEMA, SPLIT_COLUMNS, ShardHeader, build_schema, build_table
+from logitstore.shard.layout import SPLIT_COLUMNS, ShardHeader, build_schema, build_table
 from logitstore.shard.summary import RowGroup, ShardSummary, compute_row_group_statistics
 
 
 class ShardSettings(Settings):
     """How signals become bytes: the same for every shard of a store."""
 
-    codec: Codec = Float16Codec()
+    codec: Codec = CompactCodec()
+    """How values are rounded; `compact` unless values have to be exact."""
     row_group_bytes: int = 8 << 20
     """Target size of a row group before compression; a record is never split."""
     compression_level: int = 9
@@ -47,12 +46,12 @@ def write_shard(path: Path, records: Iterable[Record], header: ShardHeader, sett
     """
     schema = build_schema(header)
     statistics: list[dict[str, object]] = []
-    with pq.ParquetWriter(path, schema, **_writer_options(settings)) as writer:
+    with pq.ParquetWriter(path, schema, **_writer_options(schema, settings)) as writer:
         for batch in _group_records(records, settings.row_group_bytes):
             where = f"unit {header.unit}, row group {len(statistics)}"
-            encoded = _encode(batch, header.codec, where)
-            check_batch(encoded, vocab_size=header.vocab_size, codec=header.codec, where=where)
-            table = build_table(encoded, schema)
+            encoded, values = encode_batch(header.codec, batch, where=where)
+            check_batch(encoded, header, where=where)
+            table = build_table(encoded, values, schema)
             writer.write_table(table, row_group_size=max(1, table.num_rows))
             statistics.append(compute_row_group_statistics(encoded))
     if not statistics:
@@ -60,23 +59,23 @@ def write_shard(path: Path, records: Iterable[Record], header: ShardHeader, sett
     return _summarize(path, statistics)
 
 
-def _writer_options(settings: ShardSettings) -> dict[str, object]:
-    split = set(SPLIT_COLUMNS)
+def _writer_options(schema: pa.Schema, settings: ShardSettings) -> dict[str, object]:
+    split = [name for name in schema.names if name in SPLIT_COLUMNS]
     return {
         "version": "2.6",
         "data_page_version": "2.0",
         "compression": "zstd",
         "compression_level": settings.compression_level,
-        "use_dictionary": [_leaf(name) for name in SCHEMA.names if name not in split],
-        "column_encoding": {_leaf(name): "BYTE_STREAM_SPLIT" for name in SPLIT_COLUMNS},
+        "use_dictionary": [_leaf(schema, name) for name in schema.names if name not in split],
+        "column_encoding": {_leaf(schema, name): "BYTE_STREAM_SPLIT" for name in split},
         "write_statistics": False,  # minima of list elements help nobody and lengthen the footer
         "write_page_checksum": True,
         "store_schema": True,
     }
 
 
-def _leaf(name: str) -> str:
-    return f"{name}.list.element" if pa.types.is_list(SCHEMA.field(name).type) else name
+def _leaf(schema: pa.Schema, name: str) -> str:
+    return f"{name}.list.element" if pa.types.is_list(schema.field(name).type) else name
 
 
 def _group_records(records: Iterable[Record], row_group_bytes: int) -> Iterable[RecordBatch]:
@@ -90,12 +89,6 @@ def _group_records(records: Iterable[Record], row_group_bytes: int) -> Iterable[
             pending, size = [], 0
     if pending:
         yield RecordBatch.from_records(pending)
-
-
-def _encode(batch: RecordBatch, codec: Codec, where: str) -> RecordBatch:
-    names = ("support_logprobs", "tail_logprob", "entropy", "next_token_logprob")
-    encoded: dict[str, Any] = {n: encode_values(codec, getattr(batch, n), where=f"{where}, {n}") for n in names}
-    return replace(batch, **encoded)
 
 
 def _summarize(path: Path, statistics: list[dict[str, object]]) -> ShardSummary:

@@ -16,13 +16,14 @@ from made_up import build_records
 
 from logitstore.errors import CorruptShardError, IncompatibleStoreError, InvalidSignalError, ShapeError
 from logitstore.records import Record, RecordBatch, Signal
-from logitstore.shard.codec import Codec, Float16Codec, Float32Codec, encode_values
+from logitstore.shard.codec import Codec, CompactCodec, Float16Codec, Float32Codec, encode_batch
 from logitstore.shard.invariants import check_batch, find_violations
-from logitstore.shard.layout import FORMAT_VERSION, SCHEMA, ShardHeader
+from logitstore.shard.layout import FORMAT_VERSION, ShardHeader, list_columns
 from logitstore.shard.reader import decode_row_group, read_footer
 from logitstore.shard.summary import ShardSummary
 from logitstore.shard.writer import ShardSettings, write_shard
 
+CODECS: list[Codec] = [Float32Codec(), Float16Codec(), CompactCodec()]
 VOCAB_SIZES = [32_000, 65_536, 65_537, 131_072, 131_073, 151_936, 201_088, 262_144, 1_000_003]
 
 
@@ -32,17 +33,21 @@ def header(codec: Codec, vocab_size: int = 50) -> ShardHeader:
     )
 
 
+def _decode(metadata: pq.FileMetaData, header: ShardHeader, index: int, offset: int, data: bytes) -> RecordBatch:
+    return decode_row_group(metadata, header, index, offset, data, with_documents=True, where="test")
+
+
 def read_back(path: Path, summary: ShardSummary) -> list[Record]:
     data = path.read_bytes()
-    metadata, _ = read_footer(data[summary.footer_offset :], "test")
+    metadata, header = read_footer(data[summary.footer_offset :], "test")
     records: list[Record] = []
     for index, row_group in enumerate(summary.row_groups):
         part = data[row_group.offset : row_group.offset + row_group.bytes]
-        records.extend(decode_row_group(metadata, index, row_group.offset, part, SCHEMA.names, "test"))
+        records.extend(_decode(metadata, header, index, row_group.offset, part))
     return records
 
 
-@pytest.mark.parametrize("codec", [Float32Codec(), Float16Codec()])
+@pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.kind)
 def test_shard_read_back_holds_values_within_the_codec_bound(tmp_path: Path, codec: Codec) -> None:
     records = build_records(30)
     settings = ShardSettings(codec=codec, row_group_bytes=4000)
@@ -52,18 +57,20 @@ def test_shard_read_back_holds_values_within_the_codec_bound(tmp_path: Path, cod
     for record, expected in zip(found, records, strict=True):
         np.testing.assert_array_equal(record.token_ids, expected.token_ids)
         np.testing.assert_array_equal(record.signal.support_ids, expected.signal.support_ids)
-        for name in ("support_logprobs", "tail_logprob", "entropy", "next_token_logprob"):
+        for name in ("tail_logprob", "entropy", "next_token_logprob"):
             values, wanted = getattr(record.signal, name), getattr(expected.signal, name)
             np.testing.assert_allclose(values, wanted, rtol=codec.relative_bound, atol=codec.absolute_bound)
+        error = np.abs(record.signal.support_logprobs - expected.signal.support_logprobs)
+        assert (error <= codec.bound_support(RecordBatch.from_records([expected]))).all()
 
 
+@pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.kind)
 @pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
-def test_shard_holds_ids_of_every_size_of_vocabulary(tmp_path: Path, vocab_size: int) -> None:
+def test_shard_holds_ids_of_every_size_of_vocabulary(tmp_path: Path, vocab_size: int, codec: Codec) -> None:
     [record] = build_records(1, length=2, vocab_size=50, ragged=False)
     shift = vocab_size - 50  # the largest ids of the vocabulary
     signal = replace(record.signal, support_ids=(record.signal.support_ids + shift).astype(np.int32))
     record = replace(record, signal=signal, token_ids=(record.token_ids + shift).astype(np.int32))
-    codec = Float32Codec()
     summary = write_shard(tmp_path / "a.parquet", [record], header(codec, vocab_size), ShardSettings(codec=codec))
     [found] = read_back(tmp_path / "a.parquet", summary)
     np.testing.assert_array_equal(found.signal.support_ids, record.signal.support_ids)
@@ -72,15 +79,17 @@ def test_shard_holds_ids_of_every_size_of_vocabulary(tmp_path: Path, vocab_size:
 
 def test_shard_of_the_same_records_has_the_same_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        write_shard(tmp_path / name, build_records(10), header(Float16Codec()), ShardSettings())
+        write_shard(tmp_path / name, build_records(10), header(CompactCodec()), ShardSettings())
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-def test_shard_opens_as_plain_parquet_with_documented_columns(tmp_path: Path) -> None:
+@pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.kind)
+def test_shard_opens_as_plain_parquet_with_documented_columns(tmp_path: Path, codec: Codec) -> None:
     records = build_records(10)
-    write_shard(tmp_path / "a.parquet", records, header(Float32Codec()), ShardSettings(codec=Float32Codec()))
+    write_shard(tmp_path / "a.parquet", records, header(codec), ShardSettings(codec=codec))
     table = pq.read_table(tmp_path / "a.parquet", page_checksum_verification=True)
-    assert table.column_names == SCHEMA.names
+    assert table.column_names == list_columns(codec)
+    assert {"support_logprobs", "support_steps"} & set(table.column_names) == {codec.value_column}
     assert table["support_ids"][3].as_py() == records[3].signal.support_ids.tolist()
     assert table["document_ids"][3].as_py() == [records[3].documents[0].document_id]
 
@@ -138,11 +147,36 @@ def test_invariants_name_record_position_and_what_is_wrong(what: str) -> None:
     records = build_records(3, length=6, ragged=False)
     records[1] = replace(records[1], signal=DAMAGES[what](records[1].signal))
     with pytest.raises(InvalidSignalError, match=rf"record 0/1, position \d: .*{what}"):
-        check_batch(RecordBatch.from_records(records), vocab_size=50, codec=Float32Codec(), where="here")
+        check_batch(RecordBatch.from_records(records), header(Float32Codec()), where="here")
+
+
+@pytest.mark.parametrize("what", DAMAGES)
+def test_writer_with_the_compact_codec_writes_nothing_that_breaks_an_invariant(what: str, tmp_path: Path) -> None:
+    records = build_records(3, length=6, ragged=False)
+    records[1] = replace(records[1], signal=DAMAGES[what](records[1].signal))
+    with pytest.raises(InvalidSignalError, match=rf"{what}|within its bound"):
+        write_shard(tmp_path / "a.parquet", records, header(CompactCodec()), ShardSettings())
+
+
+def test_unknown_scalars_may_be_nan_only_where_the_header_says_so(tmp_path: Path) -> None:
+    [record] = build_records(1, length=8, ragged=False)
+    unknown = np.full(8, np.nan, dtype=np.float32)
+    signal = replace(record.signal, entropy=unknown, next_token_logprob=unknown)
+    known = header(CompactCodec())
+    with pytest.raises(InvalidSignalError, match="next_token_logprob is NaN"):
+        write_shard(tmp_path / "a.parquet", [replace(record, signal=signal)], known, ShardSettings())
+    told = known.model_copy(update={"unknown_scalars": ("entropy", "next_token_logprob")})
+    summary = write_shard(tmp_path / "a.parquet", [replace(record, signal=signal)], told, ShardSettings())
+    assert (summary.row_groups[0].entropy_sum, summary.row_groups[0].impossible_tokens) == (0.0, 0)
+    [found] = read_back(tmp_path / "a.parquet", summary)
+    assert np.isnan(found.signal.entropy).all()
+    shifted = replace(record, token_ids=np.roll(record.token_ids, 1))
+    with pytest.raises(InvalidSignalError, match="shifted"):
+        write_shard(tmp_path / "a.parquet", [shifted], told, ShardSettings())
 
 
 @pytest.mark.parametrize("by", [1, -1])
-@pytest.mark.parametrize("codec", [Float32Codec(), Float16Codec()])
+@pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.kind)
 def test_signal_shifted_by_one_position_cannot_be_written(tmp_path: Path, by: int, codec: Codec) -> None:
     [record] = build_records(1, length=40, ragged=False)
     shifted = replace(record, token_ids=np.roll(record.token_ids, by))
@@ -151,23 +185,31 @@ def test_signal_shifted_by_one_position_cannot_be_written(tmp_path: Path, by: in
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 10_000), st.sampled_from([Float32Codec(), Float16Codec()]))
+@given(st.integers(0, 10_000), st.sampled_from(CODECS))
 def test_invariants_hold_for_true_signals(seed: int, codec: Codec) -> None:
-    batch = RecordBatch.from_records(build_records(5, seed=seed))
-    rounded = {n: codec.round(getattr(batch, n)) for n in ("support_logprobs", "tail_logprob", "entropy")}
-    rounded["next_token_logprob"] = codec.round(batch.next_token_logprob)
-    assert list(find_violations(replace(batch, **rounded), vocab_size=50, codec=codec)) == []
+    rounded, _ = encode_batch(codec, RecordBatch.from_records(build_records(5, seed=seed)), where="test")
+    assert list(find_violations(rounded, header(codec))) == []
 
 
-@given(hnp.arrays(np.float32, 20, elements=st.floats(-60_000, 0, width=32)))
-def test_float16_codec_stays_within_its_bound(values: np.ndarray) -> None:
-    encode_values(Float16Codec(), values, where="test")
+@given(hnp.arrays(np.float32, 20, elements=st.floats(-60_000, 0, width=32)), st.sampled_from(CODECS))
+def test_codec_rounds_scalars_within_its_bound(values: np.ndarray, codec: Codec) -> None:
+    error = np.abs(codec.round(values).astype(np.float64) - values.astype(np.float64))
+    assert (error <= codec.bound_scalar(values)).all()
 
 
-def test_float16_codec_refuses_what_it_cannot_hold_and_keeps_infinities() -> None:
-    with pytest.raises(InvalidSignalError, match="capture with codec float32"):
-        encode_values(Float16Codec(), np.array([-1e6], np.float32), where="test")
-    assert encode_values(Float16Codec(), np.array([-np.inf], np.float32), where="test")[0] == -np.inf
+def test_float16_codec_refuses_what_it_cannot_hold(tmp_path: Path) -> None:
+    [record] = build_records(1)
+    signal = damage("next_token_logprob", 0, -1e6)(record.signal)
+    with pytest.raises(InvalidSignalError, match=r"next_token_logprob: expected float16 .* codec float32"):
+        write_shard(tmp_path / "a.parquet", [replace(record, signal=signal)], header(Float16Codec()), ShardSettings())
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.kind)
+def test_codec_keeps_infinite_and_unknown_scalars(codec: Codec) -> None:
+    values = np.array([-np.inf, np.nan, 0.0, -1e-30], np.float32)
+    rounded = codec.round(values)
+    np.testing.assert_array_equal(rounded[:3], values[:3])
+    assert rounded.dtype == np.float32
 
 
 def test_every_flipped_bit_of_a_shard_is_noticed(tmp_path: Path) -> None:
@@ -192,10 +234,10 @@ def test_page_checksum_alone_notices_a_flipped_bit(tmp_path: Path) -> None:
     summary = write_shard(path, build_records(20), header(Float32Codec()), ShardSettings(codec=Float32Codec()))
     data = bytearray(path.read_bytes())
     data[summary.row_groups[0].offset + summary.row_groups[0].bytes // 2] ^= 0x10
-    metadata, _ = read_footer(bytes(data[summary.footer_offset :]), "test")
+    metadata, shard_header = read_footer(bytes(data[summary.footer_offset :]), "test")
     part = bytes(data[summary.row_groups[0].offset : summary.footer_offset])
     with pytest.raises(CorruptShardError, match="row group 0 cannot be decoded"):
-        decode_row_group(metadata, 0, summary.row_groups[0].offset, part, SCHEMA.names, "test")
+        _decode(metadata, shard_header, 0, summary.row_groups[0].offset, part)
 
 
 def test_footer_of_another_parquet_file_is_refused(tmp_path: Path) -> None:

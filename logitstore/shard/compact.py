@@ -1,0 +1,168 @@
+"""The arithmetic of the compact codec: supports as levels on a scale, and floats of eleven significant bits.
+
+Rounding costs a KL divergence of about half the sum of p·ε² over the slots, ε the error of a logprob. For a given size
+it is least where every slot costs the same, so steps grow as 1/√p: levels are even in √p, 512 to the unit. Below
+p = 1/1024, where a step has grown to 1/8 nat, it stays at 1/8, so that the unlikely slots are not lost to a loss that
+weighs them more than the teacher did.
+
+    level n ≤ 496:  p = (1 − n/512)²
+    level n > 496:  log p = −log 1024 − (n − 496)/8
+
+Each slot is rounded to its nearest level by itself, so errors do not add up from slot to slot. Levels do not fall
+within a position; what is stored is each slot's level less that of the slot before (of 0 for the first): mostly small
+numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+
+_ROOT_LEVELS = 512
+_BREAK_LEVEL = 496
+_BREAK_LOGPROB = -np.log(1024.0)
+_TAIL_LEVELS_PER_NAT = 8.0
+MAX_STEP = 2**16 - 1
+# The tables of levels are at least this long: down to 201 nats, which few positions exceed.
+_TABLE_LEVELS = 2048
+# Mass missed by a teacher's own arithmetic, 1e-4 (see the invariants), and by rounding a tail t, 2^-11 · |t|·e^t.
+_MASS_SLACK = 3e-4
+# The bound is evaluated at rounded values where the originals are gone; its own slope makes up to this much of it.
+_BOUND_SLACK = 1.1
+
+
+def round_scalars(values: np.ndarray) -> np.ndarray:
+    """Float32 values rounded to eleven significant bits, ties to even; infinities and NaN stay what they are."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = (((bits + 0xFFF + ((bits >> 13) & 1)) >> 13) << 13).view(np.float32)
+    rounded[np.isnan(values)] = np.nan
+    return rounded
+
+
+def compute_levels(logprobs: np.ndarray) -> np.ndarray:
+    """[N] int64, the nearest level of each logprob; what is not finite is level 0."""
+    logprobs = np.where(np.isfinite(logprobs), logprobs, 0.0).astype(np.float32, copy=False)
+    root = _ROOT_LEVELS * -np.expm1(0.5 * np.minimum(logprobs, 0.0))
+    tail = _BREAK_LEVEL + _TAIL_LEVELS_PER_NAT * (np.float32(_BREAK_LOGPROB) - logprobs)
+    levels: np.ndarray = np.rint(np.where(logprobs >= _BREAK_LOGPROB, root, tail)).astype(np.int64)
+    return levels
+
+
+def compute_level_logprobs(levels: np.ndarray) -> np.ndarray:
+    """[...] float64 nats, the logprob of each level before rescaling."""
+    levels = np.asarray(levels, dtype=np.float64)
+    root = 2 * np.log1p(-np.minimum(levels, _BREAK_LEVEL) / _ROOT_LEVELS)
+    logprobs: np.ndarray = root - np.maximum(levels - _BREAK_LEVEL, 0) / _TAIL_LEVELS_PER_NAT
+    return logprobs
+
+
+def encode_steps(logprobs: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Steps of supports.
+
+    Args:
+        logprobs: [N] float32, nats, likeliest first at each position.
+        counts: [P] int32, entries at each position, N in all.
+    Returns:
+        [N] uint16 steps. A step that is too long, or negative because logprobs rise, is cut off: the decoded value
+        then misses the codec's bound.
+    """
+    levels = compute_levels(logprobs)
+    steps = np.diff(levels, prepend=0)
+    starts = _find_starts(counts)
+    steps[starts] = levels[starts]
+    return np.clip(steps, 0, MAX_STEP).astype(np.uint16)
+
+
+def decode_steps(steps: np.ndarray, counts: np.ndarray, tail_logprob: np.ndarray) -> np.ndarray:
+    """Undo `encode_steps`, and rescale each support to the mass that its tail leaves.
+
+    Args:
+        steps: [N] uint16.
+        counts: [P] int32, entries at each position, N in all.
+        tail_logprob: [P] float32, nats. Where it leaves nothing (0 or more), or the support's mass is nothing that
+            float32 can hold, nothing is rescaled.
+    Returns:
+        [N] float32, nats.
+    """
+    if not len(steps):
+        return np.zeros(0, dtype=np.float32)
+    levels = _sum_steps(steps, counts)
+    logprob_of, prob_of = _build_tables(max(_TABLE_LEVELS, int(levels.max()) + 1))
+    decoded: np.ndarray = logprob_of[levels]
+    filled = counts > 0
+    mass = sum_positions(prob_of[levels], counts)
+    left = -np.expm1(np.minimum(tail_logprob[filled], 0.0).astype(np.float64))
+    can_rescale = (left > 0) & (mass > 0)
+    shift = np.log(np.where(can_rescale, left, 1.0) / np.where(can_rescale, mass, 1.0)).astype(np.float32)
+    uniform = _find_uniform_count(counts)
+    if uniform:
+        decoded.reshape(-1, uniform)[...] += shift[:, None]
+    else:
+        decoded += np.repeat(shift, counts[filled])
+    return decoded
+
+
+def bound_logprobs(logprobs: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """How far decoded logprobs may be from these: half a step, and what rescaling moves.
+
+    Half a step h is −2·log(1 − 1/(1024·√p)) down to p = 1/1024, and 1/16 below. A support whose entries are each off by
+    at most h has a mass that is off by at most Σ p·h, and rescaling makes up for just that, for the rounding of the
+    tail, and for what the teacher's probabilities miss 1 by.
+
+    Args:
+        logprobs: [N] float32, nats.
+        counts: [P] int32, entries at each position, N in all.
+    Returns:
+        [N] float64, nats.
+    """
+    if not len(logprobs):
+        return np.zeros(0)
+    with np.errstate(invalid="ignore", over="ignore"):
+        roots = np.exp(0.5 * np.minimum(np.nan_to_num(logprobs, nan=0.0, posinf=0.0, neginf=-1e4), 0.0))
+    half_steps = np.where(roots >= 1 / 32, -2 * np.log1p(-1 / (1024 * np.maximum(roots, 1 / 32))), 1 / 16)
+    probs = roots * roots
+    mass = np.maximum(sum_positions(probs, counts), 1e-30)
+    moved = (sum_positions(probs * half_steps, counts) + _MASS_SLACK) / mass
+    bound: np.ndarray = _BOUND_SLACK * half_steps.astype(np.float64)
+    bound += np.repeat(_BOUND_SLACK * moved, counts[counts > 0])
+    return bound
+
+
+def _find_starts(counts: np.ndarray) -> np.ndarray:
+    """[P'] int64, the first entry of every position that has entries."""
+    filled = counts[counts > 0].astype(np.int64)
+    return np.cumsum(filled) - filled
+
+
+def _find_uniform_count(counts: np.ndarray) -> int:
+    """Entries per position where all have equally many, else 0."""
+    return int(counts[0]) if len(counts) and (counts == counts[0]).all() else 0
+
+
+def sum_positions(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """[P'] float64, sums over the entries of every position that has entries."""
+    uniform = _find_uniform_count(counts)
+    if uniform:
+        sums: np.ndarray = values.reshape(-1, uniform).sum(axis=1, dtype=np.float64)
+        return sums
+    return np.add.reduceat(values, _find_starts(counts), dtype=np.float64)
+
+
+def _sum_steps(steps: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """[N] int64, the level of every entry."""
+    uniform = _find_uniform_count(counts)
+    if uniform:
+        return np.cumsum(steps.reshape(-1, uniform), axis=1, dtype=np.int64).ravel()
+    sums = np.cumsum(steps, dtype=np.int64)
+    starts = _find_starts(counts)
+    levels: np.ndarray = sums - np.repeat(sums[starts] - steps[starts], counts[counts > 0])
+    return levels
+
+
+@functools.lru_cache(maxsize=1)
+def _build_tables(num_levels: int) -> tuple[np.ndarray, np.ndarray]:
+    """[num_levels] float32 each: logprob and probability of the first levels."""
+    logprobs = compute_level_logprobs(np.arange(num_levels))
+    with np.errstate(under="ignore"):
+        return logprobs.astype(np.float32), np.exp(logprobs).astype(np.float32)
