@@ -32,9 +32,9 @@ class _FloatCodec(Settings):
         """Values as they are stored: [...] float32."""
         raise NotImplementedError
 
-    def encode(self, logprobs: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """[N] float32, the value column of supports."""
-        return self.round(logprobs)
+    def encode(self, batch: RecordBatch) -> tuple[np.ndarray, np.ndarray]:
+        """[N] int32 and [N], the columns `support_ids` and values; slots of equal value may change their order."""
+        return batch.support_ids, self.round(batch.support_logprobs)
 
     def decode(self, values: np.ndarray, counts: np.ndarray, tail_logprob: np.ndarray) -> np.ndarray:
         """[N] float32 nats from the value column."""
@@ -78,7 +78,7 @@ class Float16Codec(_FloatCodec):
 
 
 class CompactCodec(_FloatCodec):
-    """Support logprobs as integer levels, finest where the probability is; scalars with eleven significant bits.
+    """Support logprobs as integer levels, finest where the probability is; scalars with nine significant bits.
 
     The column `support_steps` holds by how many levels each slot lies below the one before. Decoded supports are
     rescaled to 1 − tail.
@@ -86,14 +86,14 @@ class CompactCodec(_FloatCodec):
 
     kind: Literal["compact"] = "compact"
     value_column: ClassVar[str] = "support_steps"
-    relative_bound: ClassVar[float] = 2.0**-11
-    absolute_bound: ClassVar[float] = 2.0**-137  # half the spacing of what is below float32's normal numbers, rounded
+    relative_bound: ClassVar[float] = 2.0**-compact.SIGNIFICANT_BITS
+    absolute_bound: ClassVar[float] = 2.0**-134  # of what is below float32's normal numbers
 
     def round(self, values: np.ndarray) -> np.ndarray:
         return compact.round_scalars(values)
 
-    def encode(self, logprobs: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        return compact.encode_steps(logprobs, counts)
+    def encode(self, batch: RecordBatch) -> tuple[np.ndarray, np.ndarray]:
+        return compact.encode_supports(batch.support_ids, batch.support_logprobs, batch.support_counts)
 
     def decode(self, values: np.ndarray, counts: np.ndarray, tail_logprob: np.ndarray) -> np.ndarray:
         return compact.decode_steps(values, counts, tail_logprob)
@@ -117,11 +117,11 @@ def encode_batch(codec: Codec, batch: RecordBatch, *, where: str) -> tuple[Recor
     scalars: dict[str, Any] = {name: codec.round(getattr(batch, name)) for name in SCALARS}
     for name, rounded in scalars.items():
         _check_bound(codec, rounded, getattr(batch, name), codec.bound_scalar(getattr(batch, name)), f"{where}, {name}")
-    values = codec.encode(batch.support_logprobs, batch.support_counts)
+    support_ids, values = codec.encode(batch)
     decoded = codec.decode(values, batch.support_counts, scalars["tail_logprob"])
     where = f"{where}, support_logprobs"
     _check_bound(codec, decoded, batch.support_logprobs, codec.bound_support(batch), where)
-    return replace(batch, support_logprobs=decoded, **scalars), values
+    return replace(batch, support_ids=support_ids, support_logprobs=decoded, **scalars), values
 
 
 def _check_bound(codec: Codec, rounded: np.ndarray, values: np.ndarray, allowed: np.ndarray, where: str) -> None:

@@ -1,16 +1,16 @@
-"""The arithmetic of the compact codec: supports as levels on a scale, and floats of eleven significant bits.
+"""The arithmetic of the compact codec: supports as levels on a scale, and floats of nine significant bits.
 
 Rounding costs a KL divergence of about half the sum of p·ε² over the slots, ε the error of a logprob. For a given size
-it is least where every slot costs the same, so steps grow as 1/√p: levels are even in √p, 512 to the unit. Below
-p = 1/1024, where a step has grown to 1/8 nat, it stays at 1/8, so that the unlikely slots are not lost to a loss that
+it is least where every slot costs the same, so steps grow as 1/√p: levels are even in √p, 640 to the unit. Below
+p = 1/6400, where a step has grown to 1/4 nat, it stays at 1/4, so that the unlikely slots are not lost to a loss that
 weighs them more than the teacher did.
 
-    level n ≤ 496:  p = (1 − n/512)²
-    level n > 496:  log p = −log 1024 − (n − 496)/8
+    level n ≤ 632:  p = (1 − n/640)²
+    level n > 632:  log p = −log 6400 − (n − 632)/4
 
 Each slot is rounded to its nearest level by itself, so errors do not add up from slot to slot. Levels do not fall
 within a position; what is stored is each slot's level less that of the slot before (of 0 for the first): mostly small
-numbers.
+numbers. Slots of equal level are put in order of their ids, which compress better so.
 """
 
 from __future__ import annotations
@@ -19,23 +19,27 @@ import functools
 
 import numpy as np
 
-_ROOT_LEVELS = 512
-_BREAK_LEVEL = 496
-_BREAK_LOGPROB = -np.log(1024.0)
-_TAIL_LEVELS_PER_NAT = 8.0
+_ROOT_LEVELS = 640
+_BREAK_LEVEL = 632
+_BREAK_ROOT = 1 - _BREAK_LEVEL / _ROOT_LEVELS
+_BREAK_LOGPROB = 2 * np.log(_BREAK_ROOT)
+_TAIL_LEVELS_PER_NAT = 4.0
+SIGNIFICANT_BITS = 9
 MAX_STEP = 2**16 - 1
-# The tables of levels are at least this long: down to 201 nats, which few positions exceed.
+# The tables of levels are at least this long: down to 330 nats, which few positions exceed.
 _TABLE_LEVELS = 2048
-# Mass missed by a teacher's own arithmetic, 1e-4 (see the invariants), and by rounding a tail t, 2^-11 · |t|·e^t.
-_MASS_SLACK = 3e-4
-# The bound is evaluated at rounded values where the originals are gone; its own slope makes up to this much of it.
-_BOUND_SLACK = 1.1
+# Mass missed by a teacher's own arithmetic, 1e-4 (see the invariants), and by rounding a tail t, 2^-9 · |t|·e^t.
+_MASS_SLACK = 1e-3
+# The bound counts errors to first order, and is evaluated at rounded values where the originals are gone.
+_BOUND_SLACK = 1.25
 
 
 def round_scalars(values: np.ndarray) -> np.ndarray:
-    """Float32 values rounded to eleven significant bits, ties to even; infinities and NaN stay what they are."""
+    """Float32 values rounded to nine significant bits, ties to even; infinities and NaN stay what they are."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-    rounded = (((bits + 0xFFF + ((bits >> 13) & 1)) >> 13) << 13).view(np.float32)
+    dropped = 24 - SIGNIFICANT_BITS
+    half = (1 << (dropped - 1)) - 1 + ((bits >> dropped) & 1)
+    rounded = (((bits + half) >> dropped) << dropped).view(np.float32)
     rounded[np.isnan(values)] = np.nan
     return rounded
 
@@ -57,25 +61,36 @@ def compute_level_logprobs(levels: np.ndarray) -> np.ndarray:
     return logprobs
 
 
-def encode_steps(logprobs: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Steps of supports.
+def encode_supports(ids: np.ndarray, logprobs: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and steps of supports.
 
     Args:
+        ids: [N] int32.
         logprobs: [N] float32, nats, likeliest first at each position.
         counts: [P] int32, entries at each position, N in all.
     Returns:
-        [N] uint16 steps. A step that is too long, or negative because logprobs rise, is cut off: the decoded value
-        then misses the codec's bound.
+        [N] int32, the ids, those of slots of equal level in ascending order; [N] uint16, the steps. A step that is too
+        long, or negative because logprobs rise, is cut off: the decoded value then misses the codec's bound.
     """
     levels = compute_levels(logprobs)
     steps = np.diff(levels, prepend=0)
     starts = _find_starts(counts)
     steps[starts] = levels[starts]
-    return np.clip(steps, 0, MAX_STEP).astype(np.uint16)
+    begins = steps != 0
+    begins[starts] = True
+    return _sort_runs(ids, begins, counts), np.clip(steps, 0, MAX_STEP).astype(np.uint16)
+
+
+def _sort_runs(ids: np.ndarray, begins: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """[N] int32, ids sorted within runs; `begins` marks where runs begin, which each position does."""
+    keys = np.cumsum(begins) << 32 | ids.astype(np.uint32)
+    uniform = _find_uniform_count(counts)
+    keys = np.sort(keys.reshape(-1, uniform), axis=1).ravel() if uniform else np.sort(keys)
+    return (keys & 0xFFFFFFFF).astype(np.uint32).view(np.int32)
 
 
 def decode_steps(steps: np.ndarray, counts: np.ndarray, tail_logprob: np.ndarray) -> np.ndarray:
-    """Undo `encode_steps`, and rescale each support to the mass that its tail leaves.
+    """Logprobs of encoded supports: undo the steps, and rescale each support to the mass that its tail leaves.
 
     Args:
         steps: [N] uint16.
@@ -106,7 +121,7 @@ def decode_steps(steps: np.ndarray, counts: np.ndarray, tail_logprob: np.ndarray
 def bound_logprobs(logprobs: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """How far decoded logprobs may be from these: half a step, and what rescaling moves.
 
-    Half a step h is −2·log(1 − 1/(1024·√p)) down to p = 1/1024, and 1/16 below. A support whose entries are each off by
+    Half a step h is −2·log(1 − 1/(1280·√p)) down to p = 1/6400, and 1/8 below. A support whose entries are each off by
     at most h has a mass that is off by at most Σ p·h, and rescaling makes up for just that, for the rounding of the
     tail, and for what the teacher's probabilities miss 1 by.
 
@@ -120,7 +135,8 @@ def bound_logprobs(logprobs: np.ndarray, counts: np.ndarray) -> np.ndarray:
         return np.zeros(0)
     with np.errstate(invalid="ignore", over="ignore"):
         roots = np.exp(0.5 * np.minimum(np.nan_to_num(logprobs, nan=0.0, posinf=0.0, neginf=-1e4), 0.0))
-    half_steps = np.where(roots >= 1 / 32, -2 * np.log1p(-1 / (1024 * np.maximum(roots, 1 / 32))), 1 / 16)
+    near = -2 * np.log1p(-0.5 / (_ROOT_LEVELS * np.maximum(roots, _BREAK_ROOT)))
+    half_steps = np.where(roots >= _BREAK_ROOT, near, 0.5 / _TAIL_LEVELS_PER_NAT)
     probs = roots * roots
     mass = np.maximum(sum_positions(probs, counts), 1e-30)
     moved = (sum_positions(probs * half_steps, counts) + _MASS_SLACK) / mass

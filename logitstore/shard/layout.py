@@ -53,7 +53,7 @@ SCHEMA = pa.schema(
 DOCUMENT_COLUMNS = ("document_ids", "document_starts", "document_offsets")
 _VALUE_COLUMNS = ("support_logprobs", "support_steps")
 # Numbers whose bytes look alike plane by plane and not value by value; measured in BENCHMARKS.md.
-SPLIT_COLUMNS = ("support_ids", *_VALUE_COLUMNS, "tail_logprob", "entropy", "next_token_logprob")
+SPLIT_COLUMNS = ("token_ids", "support_ids", *_VALUE_COLUMNS, "tail_logprob", "entropy", "next_token_logprob")
 UnknownScalar = Literal["entropy", "next_token_logprob"]
 
 
