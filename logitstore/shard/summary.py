@@ -33,11 +33,11 @@ class RowGroup(Settings):
     """nats; left out are unknown ones, NaN, and those that are -inf, which `impossible_tokens` counts"""
     impossible_tokens: int
     tail_mass_sum: float
-    entropy_histogram: tuple[int, ...]
+    entropy_histogram: tuple[int, ...] = Field(min_length=ENTROPY_BINS, max_length=ENTROPY_BINS)
     """positions with entropy in [i/2, (i+1)/2) nats; the last bin is open"""
     column_bytes: dict[str, int]
     """compressed bytes of each column, page headers included"""
-    tail_histogram: tuple[int, ...]
+    tail_histogram: tuple[int, ...] = Field(min_length=TAIL_DECADES + 1, max_length=TAIL_DECADES + 1)
     """positions with tail mass in (10^-(i+1), 10^-i]; the last bin holds everything below, zero included"""
 
 

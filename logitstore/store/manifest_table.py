@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import pyarrow as pa
 
-from logitstore.errors import CorruptShardError
 from logitstore.shard.layout import SCHEMA as SHARD_SCHEMA
 from logitstore.shard.summary import ENTROPY_BINS, TAIL_DECADES, RowGroup
 from logitstore.store.commit import Commit
@@ -64,11 +63,7 @@ _NO_ROW_GROUP = RowGroup(
 
 
 def build_tables(commits: Iterable[Commit]) -> Iterator[pa.Table]:
-    """Rows of commits that come in order of their units, some thousands at a time.
-
-    Raises:
-        CorruptShardError: a histogram of a commit has another number of bins.
-    """
+    """Rows of commits that come in order of their units, some hundreds at a time."""
     taken = iter(commits)
     while some := list(itertools.islice(taken, _COMMITS_AT_A_TIME)):
         yield _build_table(some)
@@ -151,19 +146,11 @@ def _build_unit_columns(
     names = SHARD_SCHEMA.names
     lists: dict[str, Iterable[Iterable[int]]] = {
         "column_bytes": (map(group.column_bytes.get, names, itertools.repeat(0)) for group in groups),
-        "entropy_histogram": (_check_bins(group.entropy_histogram, ENTROPY_BINS) for group in groups),
-        "tail_histogram": (_check_bins(group.tail_histogram, TAIL_DECADES + 1) for group in groups),
+        "entropy_histogram": (group.entropy_histogram for group in groups),
+        "tail_histogram": (group.tail_histogram for group in groups),
     }
     columns = {field.name: pa.array(values[field.name], field.type) for field in UNIT_FIELDS if field.name in values}
     return columns | {name: _sum_lists(rows, len(groups), first_rows, has_none) for name, rows in lists.items()}
-
-
-def _check_bins(histogram: tuple[int, ...], num_bins: int) -> tuple[int, ...]:
-    if len(histogram) != num_bins:
-        raise CorruptShardError(
-            f"commit: expected a histogram of {num_bins} bins, found {len(histogram)}; run 'logitstore verify'"
-        )
-    return histogram
 
 
 def _sum_lists(rows: Iterable[Iterable[int]], num_rows: int, first_rows: np.ndarray, has_none: np.ndarray) -> pa.Array:
