@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,7 +32,7 @@ _READ_AHEAD = 64
 _LISTING_PROTOCOLS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StoredFile:
     """One object of a listing; `modified` is seconds since the epoch, None where the file system does not tell."""
 
@@ -105,14 +106,20 @@ class StoreFiles:
                 yield path, data
 
     def _read_ahead(self, paths: Sequence[str]) -> Iterator[bytes | None]:
-        waiting: deque[Future[bytes | None]] = deque()
+        waiting: deque[Future[list[bytes | None]]] = deque()
+        # Handing a task to a thread costs more than a small read from a disk: several to a task, where there are many.
+        paths_of_task = max(1, min(_READ_AHEAD, len(paths)) // PARALLEL_READS)
         with ThreadPoolExecutor(PARALLEL_READS) as pool:
-            for path in paths:
-                waiting.append(pool.submit(self._read_or_none, path))
-                if len(waiting) >= _READ_AHEAD:
-                    yield waiting.popleft().result()
+            for start in range(0, len(paths), paths_of_task):
+                waiting.append(pool.submit(self._read_those_there, paths[start : start + paths_of_task]))
+                if len(waiting) * paths_of_task >= _READ_AHEAD:
+                    yield from waiting.popleft().result()
             while waiting:
-                yield waiting.popleft().result()
+                yield from waiting.popleft().result()
+
+    def _read_those_there(self, paths: Sequence[str]) -> list[bytes | None]:
+        """Objects, and None for those that are not there."""
+        return [self._read_or_none(path) for path in paths]
 
     def _read_or_none(self, path: str) -> bytes | None:
         try:
@@ -137,6 +144,8 @@ class StoreFiles:
         with self._explain(folder):
             self._fs.invalidate_cache()
             try:
+                if self._is_local:
+                    return sorted(_list_local(self._full(folder)), key=lambda file: file.name)
                 entries = self._fs.ls(self._full(folder), detail=True)
             except FileNotFoundError:
                 return []
@@ -206,6 +215,16 @@ class StoreFiles:
 
 def _build_listing_options(url: str) -> dict[str, Any]:
     return {"use_listings_cache": False} if url.partition("://")[0] in _LISTING_PROTOCOLS else {}
+
+
+def _list_local(folder: str) -> Iterator[StoredFile]:
+    """Files of a folder on disk, a third of what fsspec takes for each: there may be a million."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):  # gone since it was listed
+                if entry.is_file():
+                    stat = entry.stat()
+                    yield StoredFile(name=entry.name, bytes=stat.st_size, modified=stat.st_mtime)
 
 
 def _build_stored_file(entry: dict[str, Any]) -> StoredFile:
