@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import typer
 
+from tools.benchmark.scale import scale
+
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
@@ -17,3 +19,6 @@ def describe() -> None:
     Example:
       logitstore benchmark codec
     """
+
+
+app.command()(scale)

@@ -1,0 +1,102 @@
+"""`logitstore benchmark scale`: what a store of a million units costs those who do not read its records."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+# Of what takes seconds; the others are run once.
+_REPEATS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One run of a step in a process of its own."""
+
+    seconds: float
+    peak_bytes: int
+    outcome: str
+
+
+def scale(
+    units: Annotated[int, typer.Option(min=2, help="Units of the simulated store.")] = 1_000_000,
+    row_groups: Annotated[int, typer.Option(min=1, help="Row groups of each unit, with 4 records each.")] = 4,
+    folder: Annotated[Path | None, typer.Option(help="An empty folder to build it in and to leave it in.")] = None,
+) -> None:
+    """Plan, list, write manifests, open, order, sum, verify and collect garbage in a simulated store.
+
+    A million units take 2 files each, 5 GB of disk and some minutes.
+
+    \b
+    Example:
+      logitstore benchmark scale --units 100000
+    """
+    from tools.benchmark.tables import print_heading
+
+    command = f"logitstore benchmark scale --units {units} --row-groups {row_groups}"
+    print_heading(command, "pyarrow", "pydantic", "numpy")
+    idle = _measure("nothing", ".", 0).peak_bytes / 2**20
+    print(
+        "Simulated: the corpus files (only named), what the commits say, and the shards, which are sparse files of\n"
+        f"the right size without a byte in them. Real: {units:,} commit files and as many data files on a local disk\n"
+        "(pages cached), plan, manifests and all code. Peak: resident memory of a process of its own for each step,\n"
+        f"including the {idle:.0f} MiB of a Python that has imported pyarrow and pydantic.\n"
+    )
+    if folder is not None:
+        _measure_all(folder, units, row_groups)
+        return
+    with tempfile.TemporaryDirectory(prefix="logitstore-scale-") as temporary:
+        _measure_all(Path(temporary), units, row_groups)
+
+
+def _measure_all(folder: Path, units: int, row_groups: int) -> None:
+    from logitstore.store.files import StoreFiles
+    from logitstore.store.plan import read_plan
+    from tools.benchmark.simulated_store import write_units
+    from tools.benchmark.tables import print_table
+
+    new = max(1, units // 1000)
+    rows = [_run("plan a corpus, create plan.json", "plan", folder, units)]
+    fingerprint = read_plan(StoreFiles(str(folder))).compute_fingerprint()
+    write_units(folder, range(units - new), row_groups, fingerprint, are_old=True)
+    rows += [
+        _run("read plan.json, fingerprint, unit table", "read_the_plan", folder, units, _REPEATS),
+        _run("list what is left to do, local files", "list_to_do", folder, units, _REPEATS),
+        _run("list commits, entries as of s3fs", "list_bucket", folder, units, _REPEATS),
+        _run("write a manifest from nothing", "write_the_manifest", folder, units),
+    ]
+    write_units(folder, range(units - new, units), row_groups, fingerprint, are_old=False)
+    rows += [
+        _run(f"write a manifest, {new:,} new commits", "write_the_manifest", folder, units),
+        _run("write a manifest, nothing new", "write_the_manifest", folder, units),
+        _run("open the store", "open_the_store", folder, units, _REPEATS),
+        _run("order an epoch, first batch", "order", folder, units, _REPEATS),
+        _run("sum the statistics", "sum_statistics", folder, units, _REPEATS),
+        _run("gc: find garbage", "find_the_garbage", folder, units),
+        _run("verify --quick", "verify_quickly", folder, units),
+    ]
+    print_table(["step", "seconds", "peak MiB", "outcome"], rows)
+
+
+def _run(title: str, step: str, folder: Path, units: int, repeats: int = 1) -> list[str]:
+    """A row of the table: the median, with half the spread of the repetitions."""
+    print(f"{title} …", file=sys.stderr, flush=True)
+    runs = sorted((_measure(step, str(folder), units) for _ in range(repeats)), key=lambda run: run.seconds)
+    median = runs[len(runs) // 2]
+    spread = f" ±{(runs[-1].seconds - runs[0].seconds) / 2:.1f}" if repeats > 1 else ""
+    return [title, f"{median.seconds:.1f}{spread}", f"{max(r.peak_bytes for r in runs) / 2**20:,.0f}", median.outcome]
+
+
+def _measure(step: str, folder: str, units: int) -> Measured:
+    command = [sys.executable, "-m", "tools.benchmark.scale_steps", step, folder, str(units)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True)
+    return Measured(**json.loads(done.stdout))
