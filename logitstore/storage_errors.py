@@ -23,6 +23,7 @@ def storage_errors(where: str) -> Iterator[None]:
     """Translate what storage clients raise inside; FileNotFoundError and the project's own errors pass as they are.
 
     Raises:
+        FileNotFoundError: the storage says that what was asked for is not there.
         ConfigError: access is denied, credentials are missing, a folder is where a file should be or the other way
             round, or the storage cannot do what was asked at all.
         OutsideError: anything else that went wrong in the storage.
@@ -42,6 +43,8 @@ def storage_errors(where: str) -> Iterator[None]:
     except Exception as error:
         if is_denied(error):
             raise ConfigError(f"{where}: access denied ({error}); check the credentials of this storage") from error
+        if find_status(error) == 404:  # azure, of a container
+            raise FileNotFoundError(f"{where}: {error}") from error
         raise OutsideError(f"{where}: storage failed with {error!r}; run the command again") from error
 
 

@@ -11,8 +11,9 @@ from typing import IO, Protocol, cast
 import zstandard
 from fsspec import AbstractFileSystem
 
-from logitstore.corpus.files import CorpusFile, StorageOptions, open_filesystem, reading
+from logitstore.corpus.files import CorpusFile, StorageOptions, reading
 from logitstore.errors import CorpusError, IncompatibleStoreError, OutsideError
+from logitstore.storage_clients import open_filesystem
 
 BLOCK_BYTES = 1024 * 1024
 # One request to an object store per this many bytes: latency is paid once per request.

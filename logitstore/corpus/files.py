@@ -9,13 +9,12 @@ from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
 
 from fsspec import AbstractFileSystem
-from fsspec.core import url_to_fs
 from pydantic import Field, model_validator
 
 from logitstore.errors import ConfigError, CorpusError, LogitStoreError
 from logitstore.settings import Settings
+from logitstore.storage_clients import open_filesystem
 from logitstore.storage_errors import storage_errors
-from logitstore.url_secrets import check_url_has_no_secrets
 
 StorageOptions: TypeAlias = dict[str, object]
 FileFormat = Literal["jsonl", "parquet", "text"]
@@ -132,21 +131,6 @@ def compute_file_fingerprint(path: str, num_bytes: int, storage_options: Storage
             digest.update(filesystem.cat_file(inner, start=0, end=min(num_bytes, FINGERPRINT_END_BYTES)))
             digest.update(filesystem.cat_file(inner, start=max(0, num_bytes - FINGERPRINT_END_BYTES), end=num_bytes))
         return digest.hexdigest()
-
-
-def open_filesystem(url: str, storage_options: StorageOptions | None = None) -> tuple[AbstractFileSystem, str]:
-    """The fsspec filesystem of a URL, and the path on it.
-
-    Raises:
-        ConfigError: the protocol is unknown or needs a package that is not installed, or the URL holds a secret.
-    """
-    check_url_has_no_secrets(url)
-    with storage_errors(url):  # some clients look for their credentials at once
-        try:
-            filesystem, inner = url_to_fs(url, **(storage_options or {}))
-        except (ValueError, ImportError) as error:
-            raise ConfigError(f"{url}: expected a path or URL that fsspec can open, found: {error}") from error
-    return filesystem, inner
 
 
 @contextmanager

@@ -15,21 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from logitstore.errors import ConfigError
+from logitstore.errors import ConfigError, IncompatibleStoreError, OutsideError
+from logitstore.storage_clients import build_upload_options, open_filesystem
 from logitstore.storage_errors import find_status, storage_errors
 from logitstore.store.local_writes import create_local, is_leftover, replace_local
-from logitstore.url_secrets import check_url_has_no_secrets
 
 # Small objects are bound by round trips: 16 in flight read 1,500 commits a second from a near object store.
 PARALLEL_READS = 16
 # Objects fetched ahead of a slow consumer: bounds memory at as many commits.
-_READ_AHEAD = 64
-# Their clients answer from listings they keep, also "there is no such object" of what another process has just stored.
-# Turned off by an option and not for every protocol: SSH clients, for one, refuse options they do not know.
-_LISTING_PROTOCOLS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
+READ_AHEAD = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,15 +48,9 @@ class StoreFiles:
     """
 
     def __init__(self, url: str, storage_options: dict[str, Any] | None = None) -> None:
-        check_url_has_no_secrets(url)
         self.url = url.rstrip("/")
         self.storage_options = dict(storage_options or {})
-        with storage_errors(url):  # some clients look for their credentials at once
-            try:
-                options = _build_listing_options(self.url) | self.storage_options
-                self._fs, self._root = fsspec.core.url_to_fs(self.url, **options)
-            except (ValueError, ImportError) as error:
-                raise ConfigError(f"{url}: expected a URL that fsspec can open, found {error}") from None
+        self._fs, self._root = open_filesystem(self.url, self.storage_options)
         self._is_local = isinstance(self._fs, LocalFileSystem)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -108,11 +98,11 @@ class StoreFiles:
     def _read_ahead(self, paths: Sequence[str]) -> Iterator[bytes | None]:
         waiting: deque[Future[list[bytes | None]]] = deque()
         # Handing a task to a thread costs more than a small read from a disk: several to a task, where there are many.
-        paths_of_task = max(1, min(_READ_AHEAD, len(paths)) // PARALLEL_READS)
+        paths_of_task = max(1, min(READ_AHEAD, len(paths)) // PARALLEL_READS)
         with ThreadPoolExecutor(PARALLEL_READS) as pool:
             for start in range(0, len(paths), paths_of_task):
                 waiting.append(pool.submit(self._read_those_there, paths[start : start + paths_of_task]))
-                if len(waiting) * paths_of_task >= _READ_AHEAD:
+                if len(waiting) * paths_of_task >= READ_AHEAD:
                     yield from waiting.popleft().result()
             while waiting:
                 yield from waiting.popleft().result()
@@ -171,6 +161,11 @@ class StoreFiles:
             except Exception as error:
                 if _means_exists(error):
                     return False
+                if _find_code(error) in ("NotImplemented", "501") or find_status(error) == 501:
+                    raise IncompatibleStoreError(
+                        f"{self.url}/{path}: expected storage that can create an object only if its name is free, "
+                        f"found one that refuses to ({error}); a store cannot be written there: use other storage"
+                    ) from error
                 raise
             return True
 
@@ -188,7 +183,24 @@ class StoreFiles:
             if self._is_local:
                 replace_local(Path(self._full(path)), source)
             else:
-                self._fs.put_file(str(source), self._full(path))
+                self._upload(path, source)
+
+    def _upload(self, path: str, source: Path) -> None:
+        options = build_upload_options(self._fs, source.stat().st_size)
+        for is_last_try in (False, True):
+            try:
+                self._fs.put_file(str(source), self._full(path), **options)
+            except FileNotFoundError as error:
+                # The answer to the last step of an upload in parts was lost, and there is nothing more to finish. The
+                # object may be there whole, or somebody may have cleaned up: uploading again settles it.
+                if _find_code(error) != "NoSuchUpload":
+                    raise
+                if is_last_try:
+                    raise OutsideError(
+                        f"{self.url}/{path}: storage lost an upload in parts twice; run the command again"
+                    ) from error
+            else:
+                return
 
     def delete(self, path: str) -> None:
         """Remove an object; one that is gone already is fine."""
@@ -211,10 +223,6 @@ class StoreFiles:
             raise ConfigError(
                 f"{where}: expected storage to write to, found none ({error}); create the bucket or correct the address"
             ) from error
-
-
-def _build_listing_options(url: str) -> dict[str, Any]:
-    return {"use_listings_cache": False} if url.partition("://")[0] in _LISTING_PROTOCOLS else {}
 
 
 def _list_local(folder: str) -> Iterator[StoredFile]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,7 @@ from made_up import build_plan
 from s3_server import BUCKET, S3Server
 
 from logitstore.errors import ConfigError, StoreNotFoundError
+from logitstore.storage_clients import UPLOAD_PART_BYTES, UPLOADED_PARTS_AT_ONCE
 from logitstore.store.commit import COMMITS, build_commit_path, list_units
 from logitstore.store.create_only import check_create_only, create_or_read_back
 from logitstore.store.files import StoreFiles
@@ -171,18 +173,25 @@ def test_bucket_that_is_not_there_is_a_clear_error(s3_url: str, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_large_file_uploaded_in_parts_reads_back_across_their_borders(
+def test_large_file_uploaded_in_parts_is_whole_and_was_never_in_memory(
     files: StoreFiles, requests: list[str], tmp_path: Path
 ) -> None:
-    source, num_bytes = tmp_path / "large", 101 << 20  # s3fs uploads 100 MiB and more in parts of 50 MiB
-    marks = {0: b"first", (50 << 20) - 3: b"border", (100 << 20) - 3: b"second", num_bytes - 4: b"last"}
+    source, part = tmp_path / "large", UPLOAD_PART_BYTES
+    num_bytes = 17 * part + 1
+    marks = {0: b"first", part - 3: b"border", 5 * part - 3: b"second", num_bytes - 4: b"last"}
     with source.open("wb") as file:
         file.truncate(num_bytes)
         for start, mark in marks.items():
             file.seek(start)
             file.write(mark)
-    files.put_file("data/large", source)
-    assert requests.count("PUT") == 3
+    tracemalloc.start()
+    try:
+        files.put_file("data/large", source)
+        most_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert most_bytes < 2.5 * UPLOADED_PARTS_AT_ONCE * part < 0.6 * num_bytes
+    assert requests.count("PUT") == 18
     assert [file.bytes for file in files.list("data")] == [num_bytes]
     for start, mark in marks.items():
         assert files.read("data/large", start, start + len(mark)) == mark

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from made_up import build_plan
 from logitstore.errors import ConfigError, IncompatibleStoreError, LogitStoreError, OutsideError
 from logitstore.store.commit import QUARANTINE, QuarantinedUnit, list_units, quarantine_unit, read_quarantine
 from logitstore.store.create_only import check_create_only, create_or_read_back
-from logitstore.store.files import StoreFiles
+from logitstore.store.files import PARALLEL_READS, READ_AHEAD, StoreFiles
 from logitstore.store.manifest import list_manifests, write_manifest
 from logitstore.store.plan import PLAN_PATH, create_plan, read_plan
 
@@ -80,6 +82,31 @@ def test_quarantine_record_deleted_between_listing_and_reading_is_left_out(
     assert [entry.unit for entry in read_quarantine(files)] == [1, 2]
 
 
+def test_reads_in_flight_and_ahead_of_a_slow_consumer_are_bounded(
+    files: AmbiguousFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[str] = []
+    full, go_on = threading.Event(), threading.Event()
+
+    def read(path: str, *_: object) -> bytes:
+        started.append(path)
+        if len(started) == PARALLEL_READS:
+            full.set()
+        assert go_on.wait(60)
+        return b"x"
+
+    monkeypatch.setattr(files, "read", read)
+    paths = [str(number) for number in range(1000)]
+    with ThreadPoolExecutor(1) as consumer:
+        first = consumer.submit(next, found := files.read_many(paths))
+        assert full.wait(60)
+        assert len(started) == PARALLEL_READS
+        go_on.set()
+        assert first.result() == b"x"
+    assert len(started) <= READ_AHEAD
+    assert len(list(found)) == 999
+
+
 def build_error(name: str, message: str = "", **attributes: object) -> Exception:
     error = type(name, (Exception,), {})(message)
     for key, value in attributes.items():
@@ -109,6 +136,7 @@ def build_error(name: str, message: str = "", **attributes: object) -> Exception
         (KeyError("a bug"), KeyError),
         (AssertionError("a bug"), AssertionError),
         (FileNotFoundError("x"), FileNotFoundError),
+        (build_error("ResourceNotFoundError", "no container", status_code=404), FileNotFoundError),
         (IncompatibleStoreError("x"), IncompatibleStoreError),
     ],
     ids=repr,
@@ -145,11 +173,16 @@ def test_create_on_a_taken_name_is_recognized_in_every_client(
     assert not files.create("plan.json", b"")
 
 
-def test_write_to_a_bucket_that_is_not_there_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError("NoSuchBucket"), build_error("ResourceNotFoundError", "no container", status_code=404)]
+)
+def test_write_to_a_bucket_that_is_not_there_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     files = StoreFiles(f"memory://{tmp_path.name}")
 
     def fail(*_: Any, **__: Any) -> None:
-        raise FileNotFoundError("NoSuchBucket")
+        raise error
 
     monkeypatch.setattr(files._fs, "pipe_file", fail)
     with pytest.raises(ConfigError, match="create the bucket or correct the address"):
