@@ -2,20 +2,102 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
+from cloud_emulators import CONTAINER, EmulatorMissingError, run_azure_emulator, run_gcs_emulator
+from fault_proxy import FaultProxy
 from fsspec.implementations.memory import MemoryFileSystem
+from s3_server import S3Server
+
+from logitstore.store.files import StoreFiles
+
+# aiohttp's advice to its callers about bodies above a megabyte; Google's and Azure's clients do not follow it.
+_LARGE_BODIES = pytest.mark.filterwarnings("ignore:Sending a large body directly:ResourceWarning")
 
 
-@pytest.fixture(params=["file", "memory", "s3"])
+@pytest.fixture(
+    params=[
+        "file",
+        "memory",
+        "s3",
+        pytest.param("gcs", marks=_LARGE_BODIES),
+        pytest.param("azure", marks=_LARGE_BODIES),
+    ]
+)
 def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """URL of a store that does not exist yet, on every kind of storage that runs on one machine."""
-    if request.param == "s3":
-        yield request.getfixturevalue("s3_url")
+    if request.param in ("s3", "gcs", "azure"):
+        yield request.getfixturevalue(f"{request.param}_url")
     elif request.param == "memory":
         yield f"memory://{tmp_path.name}"
         MemoryFileSystem.store.clear()
     else:
         yield str(tmp_path / "store")
+
+
+@pytest.fixture(scope="session")
+def gcs_environment() -> Iterator[dict[str, str]]:
+    """Environment that sends clients of Google Cloud Storage to a running emulator."""
+    try:
+        with run_gcs_emulator() as environment:
+            yield environment
+    except EmulatorMissingError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def gcs_url(gcs_environment: dict[str, str], tmp_path: Path) -> Iterator[str]:
+    """URL of an empty folder in an emulated bucket of Google Cloud Storage."""
+    with mock.patch.dict(os.environ, gcs_environment):
+        yield f"gs://{CONTAINER}/{tmp_path.name}"
+
+
+@pytest.fixture(scope="session")
+def azure_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Environment that sends clients of Azure Blob Storage to a running emulator."""
+    try:
+        with run_azure_emulator(tmp_path_factory.mktemp("azure")) as environment:
+            yield environment
+    except EmulatorMissingError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def azure_url(azure_environment: dict[str, str], tmp_path: Path) -> Iterator[str]:
+    """URL of an empty folder in an emulated container of Azure Blob Storage."""
+    with mock.patch.dict(os.environ, azure_environment):
+        yield f"az://{CONTAINER}/{tmp_path.name}"
+
+
+@pytest.fixture(scope="session")
+def running_proxy(s3_server: S3Server) -> Iterator[FaultProxy]:
+    with FaultProxy(s3_server).running() as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def proxy(running_proxy: FaultProxy, s3_url: str, monkeypatch: pytest.MonkeyPatch) -> FaultProxy:
+    """What breaks the wire between a client and the S3 server; nothing is broken at first, and clients do not wait."""
+    import botocore.retryhandler
+
+    # Bound by each client when it is made, and clients are kept: those of the proxy are made in these tests only.
+    monkeypatch.setattr(botocore.retryhandler, "delay_exponential", lambda **_: 0.0)
+    running_proxy.set()
+    return running_proxy
+
+
+@pytest.fixture
+def wire(s3_url: str, proxy: FaultProxy) -> StoreFiles:
+    """An empty store on S3 behind the proxy, seen by a client with the project's settings."""
+    return StoreFiles(s3_url, {"endpoint_url": proxy.endpoint_url})
+
+
+@pytest.fixture
+def hasty_wire(s3_url: str, proxy: FaultProxy) -> StoreFiles:
+    """The same, seen by a client that does not try again but where s3fs does."""
+    config = {"retries": {"total_max_attempts": 1}}
+    return StoreFiles(s3_url, {"endpoint_url": proxy.endpoint_url, "config_kwargs": config})

@@ -106,7 +106,11 @@ def test_create_only_has_one_winner_of_sixteen(store_url: str) -> None:
     assert files.read("commits/x.json") == bytes([outcomes.index(True)]) * 1000
 
 
-@pytest.mark.parametrize("store_url", ["file", "memory", pytest.param("s3", marks=pytest.mark.slow)], indirect=True)
+@pytest.mark.parametrize(
+    "store_url",
+    ["file", "memory", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("s3", "gcs", "azure"))],
+    indirect=True,
+)
 def test_kill_before_any_write_leaves_a_store_that_a_rerun_completes(files: FaultyFiles, tmp_path: Path) -> None:
     """Every prefix of a capture's writes, then a rerun: each unit committed once, nothing missing, verify clean."""
     for writes in range(40):
