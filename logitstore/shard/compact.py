@@ -121,27 +121,26 @@ def decode_steps(steps: np.ndarray, counts: np.ndarray, tail_logprob: np.ndarray
 def bound_logprobs(logprobs: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """How far decoded logprobs may be from these: half a step, and what rescaling moves.
 
-    Half a step h is −2·log(1 − 1/(1280·√p)) down to p = 1/6400, and 1/8 below. A support whose entries are each off by
-    at most h has a mass that is off by at most Σ p·h, and rescaling makes up for just that, for the rounding of the
-    tail, and for what the teacher's probabilities miss 1 by.
+    Half a step is h = min(1/(640·√p), 1/8). A support whose entries are each off by at most h has a mass that is off by
+    at most Σ p·h, and rescaling makes up for just that, for the rounding of the tail, and for what the teacher's
+    probabilities miss 1 by. All of it to first order, with a quarter on top.
 
     Args:
         logprobs: [N] float32, nats.
         counts: [P] int32, entries at each position, N in all.
     Returns:
-        [N] float64, nats.
+        [N] float32, nats.
     """
     if not len(logprobs):
-        return np.zeros(0)
-    with np.errstate(invalid="ignore", over="ignore"):
-        roots = np.exp(0.5 * np.minimum(np.nan_to_num(logprobs, nan=0.0, posinf=0.0, neginf=-1e4), 0.0))
-    near = -2 * np.log1p(-0.5 / (_ROOT_LEVELS * np.maximum(roots, _BREAK_ROOT)))
-    half_steps = np.where(roots >= _BREAK_ROOT, near, 0.5 / _TAIL_LEVELS_PER_NAT)
+        return np.zeros(0, dtype=np.float32)
+    with np.errstate(invalid="ignore"):
+        roots = np.exp(np.float32(0.5) * np.clip(logprobs, -80.0, 0.0))
+    half_steps = np.minimum(np.float32(1 / _ROOT_LEVELS) / roots, np.float32(0.5 / _TAIL_LEVELS_PER_NAT))
     probs = roots * roots
-    mass = np.maximum(sum_positions(probs, counts), 1e-30)
+    mass = sum_positions(probs, counts)
     moved = (sum_positions(probs * half_steps, counts) + _MASS_SLACK) / mass
-    bound: np.ndarray = _BOUND_SLACK * half_steps.astype(np.float64)
-    bound += np.repeat(_BOUND_SLACK * moved, counts[counts > 0])
+    bound: np.ndarray = half_steps + np.repeat(moved.astype(np.float32), counts[counts > 0])
+    bound *= np.float32(_BOUND_SLACK)
     return bound
 
 

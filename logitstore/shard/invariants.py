@@ -157,7 +157,7 @@ def _check_scalars(batch: RecordBatch, header: ShardHeader) -> Iterator[tuple[np
 
 
 def _check_masses(batch: RecordBatch, header: ShardHeader, bound: np.ndarray) -> Iterator[tuple[np.ndarray, str]]:
-    logprobs, tail_logprob = batch.support_logprobs.astype(np.float64), batch.tail_logprob.astype(np.float64)
+    logprobs, tail_logprob = batch.support_logprobs, batch.tail_logprob.astype(np.float64)
     probs, tail = np.exp(logprobs), np.exp(tail_logprob)
     tail_bound = header.codec.bound_scalar(batch.tail_logprob)
     tail_entropy = np.where(tail > 0, -tail * np.where(tail > 0, tail_logprob, 0.0), 0.0)
