@@ -211,6 +211,7 @@ class UnitCapture:
             plan_fingerprint=self._fingerprint,
             vocab_size=self._plan.teacher.vocab_size,
             codec=self._plan.shard.codec,
+            unknown_scalars=self._plan.unknown_scalars,
         )
         records = self._score(unit, itertools.chain([first], sequences))
         with tempfile.TemporaryDirectory(prefix="logitstore-", dir=self._spill_folder) as folder:

@@ -127,6 +127,7 @@ def put_shard(
         plan_fingerprint=fingerprint,
         vocab_size=plan.teacher.vocab_size,
         codec=plan.shard.codec,
+        unknown_scalars=plan.unknown_scalars,
     )
     spilled = folder / f"{unit}-{attempt}.parquet"
     shard = write_shard(spilled, records, header, plan.shard)

@@ -92,10 +92,17 @@ def format_share(share: float) -> str:
     return "0%" if share == 0 else "<0.1%" if 0 < share < 0.0005 else f"{100 * share:.1f}%"
 
 
-def format_loss(nats: float) -> str:
-    """A loss in nats per token, with its perplexity."""
+def format_entropy(nats: float | None) -> str:
+    """A mean entropy; None is unknown."""
+    return "unknown" if nats is None else f"{nats:.3f} nats in the mean"
+
+
+def format_loss(nats: float | None) -> str:
+    """A loss in nats per token, with its perplexity; None is unknown."""
     import math
 
+    if nats is None:
+        return "unknown"
     return f"{nats:.3f} nats per token (perplexity {math.exp(min(nats, 700)):,.2f})"
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from tools.look import build_facts, build_table, format_count, format_loss, format_share
+from tools.look import build_facts, build_table, format_count, format_entropy, format_loss, format_share
 from tools.record_view import PositionView, RecordView
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def _build_head(view: RecordView) -> Table:
         ("record", f"{view.address} of {view.store}"),
         ("source", view.source),
         ("positions", shown),
-        ("entropy", f"{view.mean_entropy:.3f} nats in the mean"),
+        ("entropy", format_entropy(view.mean_entropy)),
         ("teacher's loss", format_loss(view.teacher_loss)),
     ]
     for i, part in enumerate(view.documents):
@@ -55,8 +55,7 @@ def _build_text(view: RecordView) -> Text:
     """The text as it is; each token in the colour of the teacher's entropy before it."""
     text = Text()
     for piece in view.text:
-        style = "" if piece.entropy is None else find_style(piece.entropy)
-        text.append(make_visible(piece.text, keep_lines=True), style=style)
+        text.append(make_visible(piece.text, keep_lines=True), style=find_style(piece.entropy))
     return text
 
 
@@ -76,9 +75,9 @@ def _build_positions(view: RecordView) -> Table:
         (
             position.position,
             Text(_name(position.next_token, position.next_token_id), style=find_style(position.entropy)),
-            format_share(position.next_token_probability),
+            "?" if position.next_token_probability is None else format_share(position.next_token_probability),
             "–" if position.next_token_slot is None else position.next_token_slot,
-            f"{position.entropy:.2f}",
+            "?" if position.entropy is None else f"{position.entropy:.2f}",
             format_share(position.tail_mass),
             _build_candidates(position),
         )
@@ -101,8 +100,10 @@ def _build_candidates(position: PositionView) -> Text:
     return line
 
 
-def find_style(entropy: float) -> str:
-    """The colour of an entropy in nats."""
+def find_style(entropy: float | None) -> str:
+    """The colour of an entropy in nats; none where it is not known."""
+    if entropy is None:
+        return ""
     return next(style for limit, style in _STYLES if entropy < limit or limit == float("inf"))
 
 

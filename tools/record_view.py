@@ -39,9 +39,9 @@ class PositionView(Settings):
         position: 0-based.
         token_id, token: the last token that the teacher saw.
         next_token_id, next_token: the one that came next.
-        next_token_probability: that the teacher gave it.
+        next_token_probability: that the teacher gave it; None where it is unknown.
         next_token_slot: where it stands in the support, None outside of it.
-        entropy: nats.
+        entropy: nats; None where it is unknown.
         tail_mass: probability outside the support.
         support: entries in the support.
         is_taught: whether the loss mask holds the position.
@@ -53,9 +53,9 @@ class PositionView(Settings):
     token: str | None
     next_token_id: int
     next_token: str | None
-    next_token_probability: float
+    next_token_probability: float | None
     next_token_slot: int | None
-    entropy: float
+    entropy: float | None
     tail_mass: float
     support: int
     is_taught: bool
@@ -88,7 +88,8 @@ class RecordView(Settings):
         address: unit/index of the record.
         source: the corpus source of its unit.
         num_positions: of the whole record.
-        mean_entropy, teacher_loss: nats, over the whole record; tokens held impossible are left out of the loss.
+        mean_entropy, teacher_loss: nats, over the whole record; tokens held impossible are left out of the loss;
+            None where they are unknown.
         documents: that the record is made of.
         tokenizer: name of the tokenizer that made the text, None where there is none.
         tokenizer_trouble: why there is none.
@@ -100,8 +101,8 @@ class RecordView(Settings):
     address: str
     source: str
     num_positions: int
-    mean_entropy: float
-    teacher_loss: float
+    mean_entropy: float | None
+    teacher_loss: float | None
     documents: tuple[DocumentPart, ...]
     tokenizer: str | None
     tokenizer_trouble: str | None
@@ -139,6 +140,7 @@ def read_record_view(
     name = tokenizer or store.plan.teacher.tokenizer_name
     find_text, trouble = load_find_text(name, store.plan.teacher, may_fetch=tokenizer is not None)
     plan = store.plan
+    unknown = plan.unknown_scalars
     logprobs = found.signal.next_token_logprob.astype(np.float64)
     possible = logprobs[np.isfinite(logprobs)]
     return RecordView(
@@ -146,8 +148,8 @@ def read_record_view(
         address=str(found.address),
         source=plan.build_unit_table().source_of(found.address.unit, plan.corpus.files),
         num_positions=found.num_positions,
-        mean_entropy=float(found.signal.entropy.mean(dtype=np.float64)),
-        teacher_loss=float(-possible.mean()) if len(possible) else 0.0,
+        mean_entropy=None if "entropy" in unknown else float(found.signal.entropy.mean(dtype=np.float64)),
+        teacher_loss=None if "next_token_logprob" in unknown else float(-possible.mean()) if len(possible) else 0.0,
         documents=tuple(
             DocumentPart(document_id=d.document_id, start=d.start, document_offset=d.document_offset)
             for d in found.documents
@@ -205,15 +207,16 @@ def view_position(record: Record, position: int, find_text: FindText, top: int) 
     token_id, next_id = int(record.token_ids[position]), int(record.token_ids[position + 1])
     ids, logprobs = signal.support_at(position)
     slots = np.flatnonzero(ids == next_id)
+    next_token_logprob = float(signal.next_token_logprob[position])
     return PositionView(
         position=position,
         token_id=token_id,
         token=find_text(before, [token_id]),
         next_token_id=next_id,
         next_token=find_text(token_id, [next_id]),
-        next_token_probability=math.exp(float(signal.next_token_logprob[position])),
+        next_token_probability=None if math.isnan(next_token_logprob) else math.exp(next_token_logprob),
         next_token_slot=int(slots[0]) if len(slots) else None,
-        entropy=float(signal.entropy[position]),
+        entropy=_find_entropy(record, position),
         tail_mass=math.exp(float(signal.tail_logprob[position])),
         support=len(ids),
         is_taught=bool(record.loss_mask[position]),
@@ -229,6 +232,11 @@ def view_position(record: Record, position: int, find_text: FindText, top: int) 
     )
 
 
+def _find_entropy(record: Record, position: int) -> float | None:
+    entropy = float(record.signal.entropy[position])
+    return None if math.isnan(entropy) else entropy
+
+
 def cut_text(record: Record, chosen: range, find_text: FindText) -> Iterator[TextPiece]:
     """The text of some positions in pieces that are whole characters; nothing without a tokenizer."""
     token_ids = record.token_ids.tolist()
@@ -242,7 +250,7 @@ def cut_text(record: Record, chosen: range, find_text: FindText) -> Iterator[Tex
         while text.endswith(_BROKEN) and stop <= chosen.stop and stop - start < _LONGEST_CHARACTER:
             stop += 1
             text = find_text(before, token_ids[start:stop]) or ""
-        entropy = None if start == chosen.start else float(record.signal.entropy[start - 1])
+        entropy = None if start == chosen.start else _find_entropy(record, start - 1)
         yield TextPiece(text=text, entropy=entropy)
         start = stop
 

@@ -18,6 +18,7 @@ from tools.look import (
     build_table,
     format_bytes,
     format_count,
+    format_entropy,
     format_loss,
     format_share,
 )
@@ -36,7 +37,7 @@ class SourceFigures(Settings):
     records: int
     positions: int
     documents: int
-    teacher_loss: float
+    teacher_loss: float | None
 
 
 class StoreOverview(Settings):
@@ -55,10 +56,10 @@ class StoreOverview(Settings):
         columns: compressed bytes of each column in the shards.
         other_bytes: what is in no column: footers and headers of shards, commits, manifest, plan.
         mean_support: entries per position.
-        mean_entropy: nats, of the teacher's whole distribution.
+        mean_entropy: nats, of the teacher's whole distribution; None where that is unknown.
         mean_tail_mass: probability outside of the support.
         teacher_loss, teacher_perplexity: on the tokens that come next; tokens held impossible are left out and counted
-            in `impossible_tokens`.
+            in `impossible_tokens`; None where they are unknown.
         entropy_histogram: positions per bin of half a nat, the last bin open.
         tail_histogram: positions with tail mass in (10^-(i+1), 10^-i]; the last bin holds everything below.
         documents, recorded_documents, dead_letters: read; used; not used, by reason.
@@ -85,10 +86,10 @@ class StoreOverview(Settings):
     columns: dict[str, int]
     other_bytes: int
     mean_support: float
-    mean_entropy: float
+    mean_entropy: float | None
     mean_tail_mass: float
-    teacher_loss: float
-    teacher_perplexity: float
+    teacher_loss: float | None
+    teacher_perplexity: float | None
     impossible_tokens: int
     entropy_histogram: tuple[int, ...]
     tail_histogram: tuple[int, ...]
@@ -133,7 +134,7 @@ def read_overview(url: str, manifest: int | None = None) -> StoreOverview:
         mean_entropy=statistics.mean_entropy,
         mean_tail_mass=statistics.mean_tail_mass,
         teacher_loss=statistics.teacher_loss,
-        teacher_perplexity=math.exp(min(statistics.teacher_loss, 700.0)),
+        teacher_perplexity=None if statistics.teacher_loss is None else math.exp(min(statistics.teacher_loss, 700.0)),
         impossible_tokens=statistics.impossible_tokens,
         entropy_histogram=statistics.entropy_histogram,
         tail_histogram=statistics.tail_histogram,
@@ -177,7 +178,7 @@ def render_overview(overview: StoreOverview) -> list[RenderableType]:
                 format_count(source.records),
                 format_count(source.positions),
                 format_count(source.documents),
-                f"{source.teacher_loss:.3f}",
+                "unknown" if source.teacher_loss is None else f"{source.teacher_loss:.3f}",
             )
             for source in overview.sources
         ]
@@ -206,7 +207,7 @@ def _build_head(overview: StoreOverview) -> Table:
         facts += [
             ("per position", f"{overview.bytes_per_position:.1f} bytes, {overview.mean_support:.1f} support entries"),
             ("tail mass", f"{format_share(overview.mean_tail_mass)} of the probability lies outside the support"),
-            ("entropy", f"{overview.mean_entropy:.3f} nats in the mean"),
+            ("entropy", format_entropy(overview.mean_entropy)),
             ("teacher's loss", _describe_loss(overview)),
         ]
     return build_facts(facts)

@@ -259,7 +259,7 @@ class LogitStore:
 
     def compute_statistics(self, source: str | None = None) -> StoreStatistics:
         """Sums over the whole manifest, or over the units of one source; reads nothing."""
-        return compute_statistics(self.manifest, source)
+        return compute_statistics(self.manifest, source, self.plan.unknown_scalars)
 
     def list_sources(self) -> list[str]:
         """Names of the corpus sources that have committed units, in order."""

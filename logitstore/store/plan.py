@@ -17,7 +17,7 @@ from logitstore.corpus.sequences import SequenceSettings
 from logitstore.corpus.units import UnitTable
 from logitstore.errors import IncompatibleStoreError, StoreNotFoundError
 from logitstore.settings import Settings
-from logitstore.shard.layout import FORMAT_VERSION
+from logitstore.shard.layout import FORMAT_VERSION, UnknownScalar
 from logitstore.shard.writer import ShardSettings
 from logitstore.store.create_only import check_create_only, create_or_read_back
 from logitstore.store.files import StoreFiles
@@ -42,7 +42,8 @@ class CorpusPlan(Settings):
 class StorePlan(Settings):
     """Everything that decides what a store's records are.
 
-    `units` is the columnar unit table (`UnitTable.to_json`). `created_by` and `created_at` are for people and, like
+    `units` is the columnar unit table (`UnitTable.to_json`). `unknown_scalars` names columns that may hold NaN because
+    whoever computed the signals did not tell them. `created_by` and `created_at` are for people and, like
     `single_writer`, do not count when two plans are compared.
     """
 
@@ -54,6 +55,7 @@ class StorePlan(Settings):
     shard: ShardSettings
     seed: int
     units: dict[str, Any]
+    unknown_scalars: tuple[UnknownScalar, ...] = ()
     single_writer: bool = False
     created_by: str = ""
     created_at: str = ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from logitstore.shard.layout import SCHEMA as SHARD_SCHEMA
+from logitstore.shard.layout import UnknownScalar
 from logitstore.store.manifest import Manifest
 
 _COUNTS = (
@@ -29,7 +31,10 @@ _LISTS = ("column_bytes", "entropy_histogram", "tail_histogram")
 
 @dataclass(frozen=True, kw_only=True)
 class StoreStatistics:
-    """Sums over a manifest; `bytes` are those of the shards, everything in them included. Entropies in nats."""
+    """Sums over a manifest; `bytes` are those of the shards, everything in them included.
+
+    `mean_entropy` and `teacher_loss` are in nats, None in a store whose source did not tell them.
+    """
 
     records: int
     positions: int
@@ -40,9 +45,9 @@ class StoreStatistics:
     documents: int
     recorded_documents: int
     dead_letters: dict[str, int]
-    mean_entropy: float
+    mean_entropy: float | None
     mean_tail_mass: float
-    teacher_loss: float
+    teacher_loss: float | None
     impossible_tokens: int
     entropy_histogram: tuple[int, ...]
     tail_histogram: tuple[int, ...]
@@ -52,7 +57,9 @@ class StoreStatistics:
         return self.bytes / max(1, self.positions)
 
 
-def compute_statistics(manifest: Manifest, source: str | None = None) -> StoreStatistics:
+def compute_statistics(
+    manifest: Manifest, source: str | None = None, unknown_scalars: Collection[UnknownScalar] = ()
+) -> StoreStatistics:
     """Sums over a whole manifest, or over the units of one source; reads nothing of the store."""
     counts: Counter[str] = Counter()
     masses = dict.fromkeys(_MASSES, 0.0)
@@ -68,6 +75,8 @@ def compute_statistics(manifest: Manifest, source: str | None = None) -> StoreSt
         for entry in pc.value_counts(rows["dead_letter_counts"].drop_null()).to_pylist():
             dead_letters.update({r: entry["counts"] * n for r, n in json.loads(entry["values"]).items()})
     positions = counts["positions"]
+    is_loss_known = "next_token_logprob" not in unknown_scalars
+    loss = -masses["next_token_logprob_sum"] / max(1, positions - counts["impossible_tokens"])
     columns = {name: values.tolist() if values.any() else [] for name, values in sums_of_lists.items()}
     return StoreStatistics(
         records=counts["records"],
@@ -75,13 +84,13 @@ def compute_statistics(manifest: Manifest, source: str | None = None) -> StoreSt
         taught_positions=counts["taught_positions"],
         support_entries=counts["support_entries"],
         bytes=counts["file_bytes"],
-        column_bytes=dict(zip(SHARD_SCHEMA.names, columns["column_bytes"], strict=False)),
+        column_bytes={n: size for n, size in zip(SHARD_SCHEMA.names, columns["column_bytes"], strict=False) if size},
         documents=counts["documents"],
         recorded_documents=counts["recorded_documents"],
         dead_letters=dict(sorted(dead_letters.items())),
-        mean_entropy=masses["entropy_sum"] / max(1, positions),
+        mean_entropy=None if "entropy" in unknown_scalars else masses["entropy_sum"] / max(1, positions),
         mean_tail_mass=masses["tail_mass_sum"] / max(1, positions),
-        teacher_loss=-masses["next_token_logprob_sum"] / max(1, positions - counts["impossible_tokens"]),
+        teacher_loss=loss if is_loss_known else None,
         impossible_tokens=counts["impossible_tokens"],
         entropy_histogram=tuple(columns["entropy_histogram"]),
         tail_histogram=tuple(columns["tail_histogram"]),
