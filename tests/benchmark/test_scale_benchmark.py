@@ -27,10 +27,11 @@ def test_scale_of_few_units_prints_a_row_for_every_step_with_numbers_in_it(tmp_p
     lines = result.stdout.splitlines()
     assert lines[0].startswith("`logitstore benchmark scale --units 24 --row-groups 3`, logitstore ")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
-    assert rows[0] == ["step", "seconds", "peak MiB", "outcome"]
-    outcomes = {title: outcome for title, _, _, outcome in rows[2:]}
-    for _, seconds, peak, _ in rows[2:]:
+    assert rows[0] == ["step", "seconds", "of a processor", "peak MiB", "outcome"]
+    outcomes = {title: outcome for title, *_, outcome in rows[2:]}
+    for _, seconds, processor_seconds, peak, _ in rows[2:]:
         assert 0 <= float(seconds.partition(" ±")[0]) < 60
+        assert 0 <= float(processor_seconds) < 60
         assert 10 < int(peak.replace(",", "")) < 2000
     assert outcomes["list what is left to do, local files"] == "23 committed, 1 left"
     assert outcomes["list commits, entries as of s3fs"].startswith("24 committed")

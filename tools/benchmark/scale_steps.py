@@ -1,7 +1,7 @@
 """The steps of `logitstore benchmark scale`, each run in a process of its own: `python -m tools.benchmark.scale_steps`.
 
-Prints one JSON object: seconds of the step without what it needs beforehand, peak memory of the whole process, and what
-came out.
+Prints one JSON object: seconds and processor seconds of the step without what it needs beforehand, peak memory of the
+whole process, and what came out.
 """
 
 from __future__ import annotations
@@ -189,10 +189,11 @@ def _read_peak_bytes() -> int:
 def main(name: str, folder: str, num_units: str) -> None:
     """Run one step and print what was measured."""
     measure = STEPS[name](folder, int(num_units))
-    start = time.perf_counter()
+    start, start_processor = time.perf_counter(), time.process_time()
     outcome = measure()
-    seconds = time.perf_counter() - start
-    print(json.dumps({"seconds": seconds, "peak_bytes": _read_peak_bytes(), "outcome": outcome}))
+    seconds, processor_seconds = time.perf_counter() - start, time.process_time() - start_processor
+    measured = {"seconds": seconds, "processor_seconds": processor_seconds, "peak_bytes": _read_peak_bytes()}
+    print(json.dumps(measured | {"outcome": outcome}))
 
 
 if __name__ == "__main__":
