@@ -75,11 +75,15 @@ class Manifest:
     @cached_property
     def digests(self) -> np.ndarray:
         """[G, 32] uint8, SHA-256 of the bytes of every row group that has records."""
-        [column] = self.read_row_groups("sha256").columns
-        pieces = [
-            np.frombuffer(chunk.buffers()[1], np.uint8, 32 * len(chunk), 32 * chunk.offset) for chunk in column.chunks
-        ]
-        return np.concatenate([np.empty(0, np.uint8), *pieces]).reshape(-1, 32)
+        digests = np.empty((self.file.num_rows, 32), dtype=np.uint8)
+        stop = 0
+        for table in self.file.iterate(["sha256", "records"]):
+            rows = select_rows(table, table["records"].to_numpy() > 0)
+            for chunk in rows["sha256"].chunks:
+                start, stop = stop, stop + len(chunk)
+                data = np.frombuffer(chunk.buffers()[1], np.uint8, 32 * len(chunk), 32 * chunk.offset)
+                digests[start:stop] = data.reshape(-1, 32)
+        return digests[:stop]
 
     @cached_property
     def fingerprint(self) -> str:

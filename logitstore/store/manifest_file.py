@@ -54,6 +54,10 @@ class ManifestFile:
                 f"{where}: expected the columns of a manifest, found others; run 'logitstore verify --repair'"
             )
 
+    @property
+    def num_rows(self) -> int:
+        return int(self._open().metadata.num_rows)
+
     def read(self, names: Sequence[str] = SCHEMA.names) -> pa.Table:
         """All rows of some columns; those of strings that repeat come as dictionaries.
 
