@@ -163,7 +163,8 @@ def take_snapshot(
         files: the store.
         plan_fingerprint: of its plan.
         previous: its units are not read again, but for those whose commit is about as new as this manifest or newer:
-            a unit that was taken back and captured again has another commit. None reads every commit.
+            a unit that was taken back and captured again has another commit. None, or one of another plan, reads every
+            commit.
         recheck: units whose commits are read again in any case.
         without: units to leave out, committed or not.
     Raises:
@@ -171,7 +172,7 @@ def take_snapshot(
     """
     listing = list_unit_files(files, COMMITS)
     units = np.setdiff1d(listing.units, np.array(list(without), np.int64))
-    if previous is None:
+    if previous is None or previous.plan_fingerprint != plan_fingerprint:
         return build_manifest(files, plan_fingerprint, read_commits(files, units, plan_fingerprint))
     known = np.setdiff1d(_find_unchanged(files, previous, listing), np.array(list(recheck), np.int64))
     new = np.setdiff1d(units, known)

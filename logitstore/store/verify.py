@@ -96,7 +96,7 @@ def verify_store(
     check = _UnitCheck(files, plan, quick=quick)
     is_finished = len(units) + len(quarantined) >= check.num_units
     # What was committed since the manifest of a store that is not finished belongs into the next one.
-    compared = units if is_finished or newest is None else newest.units
+    compared = units if is_finished else newest.units if newest is not None else units[:0]
     sound = check.iterate_sound(units, compared, report or _report_nothing)
     live = build_manifest(files, check.fingerprint, sound)
     problems = check.problems + manifest_problems

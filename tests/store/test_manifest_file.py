@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -27,7 +29,7 @@ from logitstore.store.manifest_file import ManifestFile
 from logitstore.store.manifest_table import SCHEMA, merge_tables
 from logitstore.store.plan import create_plan, read_plan
 from logitstore.store.statistics import compute_statistics
-from logitstore.store.verify import verify_store
+from logitstore.store.verify import PARALLEL_SHARDS, _map_ahead, verify_store
 
 
 @pytest.fixture
@@ -150,6 +152,14 @@ def test_commit_under_the_name_of_another_unit_is_in_no_snapshot(files: StoreFil
         snapshot(files)
 
 
+def test_snapshot_takes_nothing_over_from_a_manifest_of_another_plan(files: StoreFiles, tmp_path: Path) -> None:
+    other = StoreFiles(str(tmp_path / "other"))
+    plan = create_plan(other, build_plan(5, seed=1))
+    commit_unit(other, put_shard(other, plan, 2, build_records(3, unit=2, vocab_size=VOCAB_SIZE), "b", tmp_path))
+    of_another_plan = write_manifest(other, plan.compute_fingerprint())
+    assert snapshot(files, of_another_plan).file.data == snapshot(files).file.data
+
+
 def test_commit_with_a_histogram_of_other_bins_is_damaged(files: StoreFiles) -> None:
     path = Path(files.url, build_commit_path(1))
     values = json.loads(path.read_text())
@@ -207,3 +217,18 @@ def test_commits_of_equal_contents_make_equal_rows_in_any_number(files: StoreFil
     expected = [row for row in table if row["unit"] == 0]
     for unit in (5, 132, 133, 304):
         assert [row | {"unit": 0} for row in table if row["unit"] == unit] == expected
+
+
+def test_verification_takes_commits_no_faster_than_it_is_done_with_them() -> None:
+    taken: list[int] = []
+
+    def take() -> Iterator[int]:
+        for number in range(100):
+            taken.append(number)
+            yield number
+
+    with ThreadPoolExecutor(PARALLEL_SHARDS) as pool:
+        checked = _map_ahead(pool, lambda number: -number, take())
+        for done, result in enumerate(checked):
+            assert result == -done
+            assert len(taken) <= done + 2 * PARALLEL_SHARDS + 1
