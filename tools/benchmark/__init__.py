@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import typer
 
+from tools.benchmark.codec import codec
 from tools.benchmark.scale import scale
+from tools.benchmark.storage import storage
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -21,4 +23,6 @@ def describe() -> None:
     """
 
 
+app.command()(codec)
 app.command()(scale)
+app.command()(storage)
