@@ -10,6 +10,7 @@ import typer
 
 import tools.benchmark
 import tools.capture
+import tools.convert
 import tools.evaluate
 import tools.gc
 import tools.inspect
@@ -102,6 +103,7 @@ app.command("gc")(tools.gc.command)
 app.command("inspect")(tools.inspect.command)
 app.command("train")(tools.train.command)
 app.command("evaluate")(tools.evaluate.command)
+app.add_typer(tools.convert.app, name="convert")
 app.add_typer(tools.benchmark.app, name="benchmark")
 
 

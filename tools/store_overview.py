@@ -252,9 +252,21 @@ def _build_columns(overview: StoreOverview) -> Table:
 
 
 def _build_histograms(overview: StoreOverview) -> Table:
-    """Entropy and tail mass side by side."""
+    """Entropy, where it is known at all, and tail mass side by side."""
     from rich.table import Table
 
+    tails = overview.tail_histogram
+    tail_labels = [f"10^-{i + 1} to {f'10^-{i}' if i else '1'}" for i in range(len(tails) - 1)]
+    tail_labels.append(f"below 10^-{len(tails) - 1}")
+    histograms = [build_histogram("Probability outside the support", tail_labels, tails)]
+    if any(overview.entropy_histogram):
+        histograms.insert(0, _build_entropy_histogram(overview))
+    table = Table.grid(padding=(0, 4))
+    table.add_row(*histograms)
+    return table
+
+
+def _build_entropy_histogram(overview: StoreOverview) -> Table:
     bins_per_nat = round(1 / ENTROPY_BIN_NATS)
     counts = overview.entropy_histogram
     nats = [sum(counts[i : i + bins_per_nat]) for i in range(0, len(counts), bins_per_nat)]
@@ -263,12 +275,4 @@ def _build_histograms(overview: StoreOverview) -> Table:
     labels = [f"{i} to {i + 1}" for i in range(len(nats))]
     if len(nats) * bins_per_nat == len(counts):
         labels[-1] = f"{len(nats) - 1} and more"
-    tails = overview.tail_histogram
-    tail_labels = [f"10^-{i + 1} to {f'10^-{i}' if i else '1'}" for i in range(len(tails) - 1)]
-    tail_labels.append(f"below 10^-{len(tails) - 1}")
-    table = Table.grid(padding=(0, 4))
-    table.add_row(
-        build_histogram("Entropy of the teacher, nats", labels, nats),
-        build_histogram("Probability outside the support", tail_labels, tails),
-    )
-    return table
+    return build_histogram("Entropy of the teacher, nats", labels, nats)

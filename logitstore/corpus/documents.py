@@ -33,7 +33,7 @@ __all__ = [
     "read_documents",
 ]
 
-DeadLetterReason = Literal[RejectionReason, "too_short", "token_out_of_range"]
+DeadLetterReason = Literal[RejectionReason, "too_short", "token_out_of_range", "invalid_signal"]
 
 LONGEST_DETAIL = 200
 

@@ -71,11 +71,11 @@ class TeacherIdentity(Settings):
     Attributes:
         model: the name as it was given; not compared.
         tokenizer: likewise, None for the model's own; not compared.
-        engine: what ran it.
+        engine: what ran it; "imported" where another program did and a data set was all there was.
         engine_version: releases of the engine; not compared.
         architecture: class of the model.
         dtype: precision of the weights in memory.
-        weights_fingerprint: see `fingerprint.py`.
+        weights_fingerprint: see `fingerprint.py`; of an imported data set, how it was read.
         tokenizer_fingerprint: see `tokenizer.py`.
         vocab_size: ids that the tokenizer can emit.
         padded_vocab_size: width of the model's output, at least `vocab_size`.
@@ -85,7 +85,7 @@ class TeacherIdentity(Settings):
 
     model: str
     tokenizer: str | None = None
-    engine: Literal["huggingface"]
+    engine: Literal["huggingface", "imported"]
     engine_version: str
     architecture: str
     dtype: str

@@ -267,6 +267,7 @@ def test_export_with_settings_that_do_not_fit_says_why(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_export_from_and_to_s3_reads_back_the_same(build_store: BuildStore, s3_url: str) -> None:
     export = export_store(build_store(f"{s3_url}/store"), f"{s3_url}/out", layout="axolotl")
     agreement = check_export(export, is_whole=False, report=ignore)

@@ -14,7 +14,19 @@ from checkout import ROOT
 from logitstore import __version__
 from logitstore.errors import IncompatibleStoreError, OutsideError, ShapeError
 
-VERBS = ("quickstart", "plan", "capture", "status", "verify", "gc", "inspect", "train", "evaluate")
+VERBS = (
+    "quickstart",
+    "plan",
+    "capture",
+    "status",
+    "verify",
+    "gc",
+    "inspect",
+    "train",
+    "evaluate",
+    "convert export",
+    "convert import",
+)
 HEAVY = ("torch", "ray", "transformers", "numpy", "pyarrow", "pydantic", "fsspec", "yaml")
 
 
@@ -24,7 +36,7 @@ def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_of_a_verb_shows_an_example_whose_options_exist(verb: str, logitstore: Any) -> None:
-    text, _ = logitstore(verb, "--help")
+    text, _ = logitstore(*verb.split(), "--help")
     examples, _, reference = text.partition("Example:")[2].partition(
         "Arguments:" if verb != "quickstart" else "Options:"
     )
@@ -42,13 +54,15 @@ def test_help_lists_every_verb_and_loads_nothing_heavy() -> None:
     )
     result = run_python(code, "--help")
     assert result.returncode == 0
-    assert [verb for verb in VERBS if f"\n  {verb} " not in result.stdout] == []
+    assert [verb for verb in VERBS if f"\n  {verb.split()[0]} " not in result.stdout] == []
     assert result.stderr.strip() == "heavy:"
 
 
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "quickstart"])
 def test_module_of_a_verb_runs_as_a_program(verb: str) -> None:
-    result = subprocess.run([sys.executable, "-m", f"tools.{verb}", "--help"], cwd=ROOT, capture_output=True, text=True)
+    module, *rest = verb.split()
+    command = [sys.executable, "-m", f"tools.{module}", *rest, "--help"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(f"Usage: logitstore {verb} ")
 
