@@ -23,7 +23,7 @@ _AZURE_PROTOCOLS = ("az", "abfs", "abfss")
 # s3fs tries 5 times, within a read once more 5 times, and botocore below it 5 times, with 15 s for each answer: a read
 # of a server that hangs would fail after half an hour. With 2 it is 20 requests, 5 minutes.
 _S3FS_ROUNDS = 2
-# Parts of a large upload: with s3fs's own choice, 10 parts of 50 MiB at once, a shard would be held in memory whole.
+# Parts of a large upload: as the clients choose, 10 parts of 50 MiB at once or more, a shard would be in memory whole.
 # While one lot of parts is read, the one before may still be held: 64 MiB.
 UPLOAD_PART_BYTES = 8 << 20
 UPLOADED_PARTS_AT_ONCE = 4
@@ -68,4 +68,6 @@ def build_upload_options(filesystem: AbstractFileSystem, num_bytes: int) -> dict
         return {"chunksize": part_bytes, "max_concurrency": UPLOADED_PARTS_AT_ONCE}
     if "gs" in protocols:
         return {"chunksize": part_bytes}  # one after the other; a multiple of 256 KiB, as it must be
+    if "abfs" in protocols:
+        return {"max_concurrency": UPLOADED_PARTS_AT_ONCE}  # not the 2,500 of adlfs; Azure's client cuts the parts
     return {}

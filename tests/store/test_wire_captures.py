@@ -8,14 +8,22 @@ from pathlib import Path
 import pytest
 from fault_proxy import Fault, FaultProxy, Rule
 from made_up import VOCAB_SIZE, build_plan, build_records, put_shard
+from tiny_models import save_model
 
+from logitstore.capture import UnitCapture
+from logitstore.corpus.documents import CorpusSettings
+from logitstore.corpus.sequences import SequenceSettings
 from logitstore.errors import OutsideError, StoreNotFoundError
+from logitstore.planning import CaptureSettings
+from logitstore.planning import build_plan as build_capture_plan
 from logitstore.store.commit import COMMITS, Outcome, commit_unit, list_units
 from logitstore.store.files import StoreFiles
 from logitstore.store.logit_store import LogitStore
 from logitstore.store.manifest import list_manifests, write_manifest
 from logitstore.store.plan import create_plan
 from logitstore.store.verify import verify_store
+from logitstore.teacher.loading import load_teacher
+from logitstore.teacher.protocol import TeacherSettings, TopKMethod
 
 NUM_UNITS = 2
 
@@ -65,6 +73,38 @@ def test_outage_from_any_request_on_leaves_a_store_that_a_rerun_completes(
         check_old_or_new(url)
         assert len(LogitStore.open(url)) == NUM_UNITS * 4
     pytest.fail("the capture never finished")
+
+
+@pytest.mark.slow
+def test_units_captured_from_a_corpus_behind_the_same_wire_are_those_of_a_sound_one(
+    wire: StoreFiles, proxy: FaultProxy, tmp_path: Path
+) -> None:
+    for number in range(3):
+        wire.put(f"corpus/{number}.txt", f"{number}: all happy families are alike. ".encode() * 40)
+    settings = CaptureSettings(
+        store=wire.url,
+        corpus=CorpusSettings(files=[f"{wire.url}/corpus/*.txt"]),
+        teacher=TeacherSettings(model=str(save_model("llama", tmp_path)), device="cpu"),
+        method=TopKMethod(k=4),
+        sequences=SequenceSettings(length=32),
+        unit_bytes=1000,
+        storage_options=wire.storage_options,
+    )
+    teacher = load_teacher(settings.teacher, settings.method)
+    faults: tuple[Fault, ...] = ("refuse", "refuse_after", "reset", "lose_response", "truncate")
+    rules = [Rule(fault=fault, probability=0.05, status=500, code="InternalError") for fault in faults]
+    proxy.set(*rules)
+    plan = create_plan(wire, build_capture_plan(settings, teacher.identity))
+    capture = UnitCapture(wire, plan, teacher, settings.corpus, storage_options=settings.storage_options)
+    num_units = len(plan.build_unit_table())
+    receipts = [capture.capture(unit) for unit in range(num_units)]
+    write_manifest(wire, plan.compute_fingerprint())
+    assert sum(rule.hits for rule in rules) > 5
+    proxy.set()
+    assert num_units > 2
+    assert [receipt.outcome for receipt in receipts] == [Outcome.WON] * num_units
+    assert verify_store(wire).problems == ()
+    assert LogitStore.open(wire.url).compute_statistics().recorded_documents == 3
 
 
 @pytest.mark.slow
