@@ -15,6 +15,10 @@ from logitstore.errors import ConfigError, LogitStoreError, OutsideError
 # Raised by mistakes in a program, never by a storage that answers badly.
 _PROGRAMMING_ERRORS = (TypeError, AttributeError, AssertionError, LookupError, NameError, MemoryError, RecursionError)
 _DENIED_CLASS = re.compile("Credential|Forbidden|Unauthorized|AccessDenied|Authentication")
+# What clients say of a profile, a region or an address that they were told to use and cannot.
+_SETTINGS_CLASS = re.compile("ProfileNotFound|ConfigNotFound|ConfigParse|InvalidConfig|Region|ParamValidation")
+# What S3 says of session tokens with status 400.
+_DENIED_CODES = ("ExpiredToken", "InvalidToken", "TokenRefreshRequired")
 _DENIED_MESSAGE = re.compile(r"\s*(Forbidden|Unauthorized|40[13]\b)")
 
 
@@ -24,8 +28,8 @@ def storage_errors(where: str) -> Iterator[None]:
 
     Raises:
         FileNotFoundError: the storage says that what was asked for is not there.
-        ConfigError: access is denied, credentials are missing, a folder is where a file should be or the other way
-            round, or the storage cannot do what was asked at all.
+        ConfigError: access is denied, credentials are missing, the client cannot use its own settings, a folder is
+            where a file should be or the other way round, or the storage cannot do what was asked at all.
         OutsideError: anything else that went wrong in the storage.
     """
     try:
@@ -43,6 +47,11 @@ def storage_errors(where: str) -> Iterator[None]:
     except Exception as error:
         if is_denied(error):
             raise ConfigError(f"{where}: access denied ({error}); check the credentials of this storage") from error
+        if _SETTINGS_CLASS.search(type(error).__name__) or str(error).startswith("Invalid endpoint"):
+            raise ConfigError(
+                f"{where}: expected settings that the client of this storage can use, found {error}; correct the "
+                "address, the environment, the profile or storage_options"
+            ) from error
         if find_status(error) == 404:  # azure, of a container
             raise FileNotFoundError(f"{where}: {error}") from error
         raise OutsideError(f"{where}: storage failed with {error!r}; run the command again") from error
@@ -55,6 +64,7 @@ def is_denied(error: Exception) -> bool:
         or _DENIED_CLASS.search(type(error).__name__) is not None
         or _DENIED_MESSAGE.match(str(error)) is not None
         or find_status(error) in (401, 403)
+        or find_code(error) in _DENIED_CODES
     )
 
 
@@ -71,4 +81,14 @@ def find_status(error: BaseException | None) -> int | None:
             if isinstance(status, int):
                 return status
         error = error.__cause__
+    return None
+
+
+def find_code(error: Exception) -> str | None:
+    """The error code that an S3 server sent, which s3fs keeps in the cause of the OSError that it makes of it."""
+    for known in (error, error.__cause__):
+        response = getattr(known, "response", None)
+        if isinstance(response, dict):
+            code = response.get("Error", {}).get("Code")
+            return str(code) if code else None
     return None

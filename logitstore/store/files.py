@@ -19,7 +19,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from logitstore.errors import ConfigError, IncompatibleStoreError, OutsideError
 from logitstore.storage_clients import build_upload_options, open_filesystem
-from logitstore.storage_errors import find_status, storage_errors
+from logitstore.storage_errors import find_code, find_status, storage_errors
 from logitstore.store.local_writes import create_local, is_leftover, replace_local
 
 # Small objects are bound by round trips: 16 in flight read 1,500 commits a second from a near object store.
@@ -161,7 +161,7 @@ class StoreFiles:
             except Exception as error:
                 if _means_exists(error):
                     return False
-                if _find_code(error) in ("NotImplemented", "501") or find_status(error) == 501:
+                if find_code(error) in ("NotImplemented", "501") or find_status(error) == 501:
                     raise IncompatibleStoreError(
                         f"{self.url}/{path}: expected storage that can create an object only if its name is free, "
                         f"found one that refuses to ({error}); a store cannot be written there: use other storage"
@@ -193,7 +193,7 @@ class StoreFiles:
             except FileNotFoundError as error:
                 # The answer to the last step of an upload in parts was lost, and there is nothing more to finish. The
                 # object may be there whole, or somebody may have cleaned up: uploading again settles it.
-                if _find_code(error) != "NoSuchUpload":
+                if find_code(error) != "NoSuchUpload":
                     raise
                 if is_last_try:
                     raise OutsideError(
@@ -260,15 +260,9 @@ def _means_exists(error: Exception) -> bool:
     if isinstance(error, FileExistsError) or type(error).__name__ == "ResourceExistsError":
         return True
     said = ("PreconditionFailed", "412", "ConditionalRequestConflict", "409")
-    return _find_code(error) in said or find_status(error) in (409, 412)
+    return find_code(error) in said or find_status(error) in (409, 412)
 
 
 def _means_past_end(error: Exception) -> bool:
     """Whether a failed read says that the range holds no byte of the object; files on disk are read as empty there."""
-    return _find_code(error) in ("InvalidRange", "416") or find_status(error) == 416
-
-
-def _find_code(error: Exception) -> str | None:
-    """The error code that an S3 server sent, which s3fs keeps in the cause of the OSError that it makes of it."""
-    response = getattr(error.__cause__, "response", None)
-    return response.get("Error", {}).get("Code") if isinstance(response, dict) else None
+    return find_code(error) in ("InvalidRange", "416") or find_status(error) == 416

@@ -109,6 +109,14 @@ def test_no_credentials_anywhere_are_a_settings_error(
         files.read("plan.json")
 
 
+def test_profile_that_is_not_there_is_a_settings_error(
+    s3_url: str, monkeypatch: pytest.MonkeyPatch, new_clients: None
+) -> None:
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    with pytest.raises(ConfigError, match=r"\(nobody\) could not be found; correct the address, the environment"):
+        StoreFiles(s3_url).read("plan.json")
+
+
 def test_secret_in_options_reaches_no_object_log_or_text(
     s3_url: str, s3_server: S3Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
