@@ -26,11 +26,12 @@ from cluster.progress import CaptureFigures, CaptureProgress
 from cluster.report import CaptureReport, build_report, read_standing, report_finished_capture
 from cluster.settings import ClusterCaptureSettings, make_paths_absolute
 from cluster.unit_queue import QueueLimits, UnitQueue, Verdict
-from logitstore.capture import Receipt, build_plan
+from logitstore.capture import Receipt
 from logitstore.errors import CaptureError, IncompatibleStoreError, LogitStoreError, OutsideError
+from logitstore.planning import open_plan
 from logitstore.store.commit import Outcome, QuarantinedUnit, build_attempt, build_quarantine_path, quarantine_unit
 from logitstore.store.files import StoreFiles
-from logitstore.store.plan import StorePlan, create_plan
+from logitstore.store.plan import StorePlan
 
 __all__ = ["CaptureReport", "report_finished_capture", "run_capture"]
 
@@ -41,7 +42,7 @@ _SECONDS_BETWEEN_WARNINGS = 30.0
 
 
 def run_capture(
-    settings: ClusterCaptureSettings, *, retry_quarantined: bool = False, quiet: bool = False
+    settings: ClusterCaptureSettings, *, retry_quarantined: bool = False, extend: bool = False, quiet: bool = False
 ) -> CaptureReport:
     """Capture whatever of the corpus is not in the store yet. Call inside `cluster.connection.connect`.
 
@@ -50,6 +51,7 @@ def run_capture(
     Args:
         settings: the capture. Local paths of store and teacher may be relative to this process's folder.
         retry_quarantined: try units again that an earlier run set aside.
+        extend: add corpus files that the store does not have; what it has stays, listed or not.
         quiet: no progress on stderr.
     Raises:
         IncompatibleStoreError: the store was made with other settings, or by another teacher.
@@ -59,11 +61,11 @@ def run_capture(
         OutsideError: storage or cluster stayed broken; what is committed stays, and is in a manifest if possible.
     """
     settings = make_paths_absolute(settings)
-    finished = report_finished_capture(settings, retry_quarantined=retry_quarantined)
+    finished = report_finished_capture(settings, retry_quarantined=retry_quarantined, extend=extend)
     if finished is not None:
         return finished
     try:
-        return _Driver(settings, quiet=quiet).run(retry_quarantined=retry_quarantined)
+        return _Driver(settings, quiet=quiet).run(retry_quarantined=retry_quarantined, extend=extend)
     except (RayError, ConnectionError) as error:
         raise OutsideError(
             f"Ray: expected a working cluster, found {type(error).__name__}: {error}; look at the cluster, then run "
@@ -86,7 +88,7 @@ class _Driver:
         self._retried: frozenset[int] = frozenset()
         self._next_warning = time.monotonic() + _SECONDS_BETWEEN_WARNINGS
 
-    def run(self, *, retry_quarantined: bool) -> CaptureReport:
+    def run(self, *, retry_quarantined: bool, extend: bool) -> CaptureReport:
         nodes = read_nodes()
         self._demand = build_demand(self._settings.actors, nodes)
         check_placeable(self._demand, nodes)
@@ -94,7 +96,7 @@ class _Driver:
         try:
             with self._progress:
                 first = self._load_first()
-                self._plan = create_plan(self._files, build_plan(self._settings, first.identity))
+                self._plan = open_plan(self._files, self._settings, first.identity, extend=extend)
                 self._fill_queue(retry_quarantined=retry_quarantined)
                 self._capture_units()
         except (LogitStoreError, RayError):

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from cluster.progress import CaptureFigures
 from cluster.settings import ClusterCaptureSettings
-from logitstore.capture import build_plan
 from logitstore.errors import StoreNotFoundError
+from logitstore.planning import find_new_files
 from logitstore.store.commit import COMMITS, QUARANTINE, list_units
 from logitstore.store.files import StoreFiles
 from logitstore.store.manifest import write_manifest
-from logitstore.store.plan import StorePlan, create_plan, read_plan
+from logitstore.store.plan import StorePlan, read_plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +59,11 @@ def build_report(files: StoreFiles, plan: StorePlan, figures: CaptureFigures) ->
 
 
 def report_finished_capture(
-    settings: ClusterCaptureSettings, *, retry_quarantined: bool = False
+    settings: ClusterCaptureSettings, *, retry_quarantined: bool = False, extend: bool = False
 ) -> CaptureReport | None:
     """The report of a capture that has nothing left to do, without any actor or Ray; None where there is work.
+
+    With `extend`, corpus files that the store does not have are work.
 
     Settings and corpus are compared with the store's plan as always. The teacher is not, since it is not loaded: a
     finished store is reported as finished even where the settings name another teacher by now.
@@ -72,13 +74,14 @@ def report_finished_capture(
     """
     files = StoreFiles(settings.store, settings.storage_options)
     try:
-        existing = read_plan(files)
+        plan = read_plan(files)
     except StoreNotFoundError:
         return None
-    standing = read_standing(files, existing)
+    standing = read_standing(files, plan)
     if standing.list_to_do(retry_quarantined=retry_quarantined):
         return None
-    plan = create_plan(files, build_plan(settings, existing.teacher))
+    if find_new_files(files.url, plan, settings, plan.teacher, extend=extend):
+        return None
     figures = CaptureFigures()
     standing.fill_figures(figures, retry_quarantined=retry_quarantined)
     return build_report(files, plan, figures)

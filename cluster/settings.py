@@ -8,7 +8,7 @@ from fsspec.core import split_protocol
 from fsspec.implementations.local import LocalFileSystem
 from pydantic import Field
 
-from logitstore.capture import CaptureSettings
+from logitstore.planning import CaptureSettings
 from logitstore.settings import Settings
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import itertools
 import tempfile
 import time
@@ -11,19 +10,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
-
 from logitstore import __version__
-from logitstore.corpus.documents import CorpusSettings, DeadLetter, Document, list_corpus_files, read_documents
-from logitstore.corpus.measuring import build_unit_table
-from logitstore.corpus.sequences import Sequence, SequenceBuild, SequenceSettings, build_sequences
+from logitstore.corpus.documents import CorpusSettings, DeadLetter, Document, read_documents
+from logitstore.corpus.sequences import Sequence, SequenceBuild, build_sequences
 from logitstore.corpus.units import UnitTable
 from logitstore.errors import ConfigError, IncompatibleStoreError, OutsideError
 from logitstore.records import Record, RecordAddress
 from logitstore.settings import Settings
 from logitstore.shard.layout import FORMAT_VERSION, ShardHeader
 from logitstore.shard.summary import ShardSummary
-from logitstore.shard.writer import ShardSettings, write_shard
+from logitstore.shard.writer import write_shard
 from logitstore.store.commit import (
     Commit,
     Outcome,
@@ -34,30 +30,11 @@ from logitstore.store.commit import (
     count_dead_letters,
 )
 from logitstore.store.files import StoreFiles
-from logitstore.store.plan import CorpusPlan, StorePlan
-from logitstore.teacher.protocol import Method, Teacher, TeacherIdentity, TeacherSettings, TopKMethod
+from logitstore.store.plan import StorePlan
+from logitstore.teacher.protocol import Teacher
 
 # Positions handed to the teacher at a time: enough for it to sort into even batches, little enough to hold.
 _POSITIONS_AT_A_TIME = 131_072
-
-
-class CaptureSettings(Settings):
-    """A capture as a user writes it; every key but `store`, `corpus` and `teacher` has a default."""
-
-    store: str
-    """URL of the store, any fsspec file system."""
-    corpus: CorpusSettings
-    teacher: TeacherSettings
-    method: Method = TopKMethod()
-    sequences: SequenceSettings = SequenceSettings()
-    shard: ShardSettings = ShardSettings()
-    unit_bytes: int = Field(default=4_000_000, ge=1)
-    """Text of one work unit, about a million tokens: some minutes of a GPU, so little is lost with one."""
-    seed: int = Field(default=0, ge=0)
-    single_writer: bool = False
-    """Accept storage without create-only objects; you promise that only one capture runs at a time."""
-    storage_options: dict[str, Any] = Field(default_factory=dict, exclude=True, repr=False)
-    """For fsspec, for store and corpus alike; better left to the environment. Never written anywhere."""
 
 
 class Receipt(Settings):
@@ -71,39 +48,6 @@ class Receipt(Settings):
     documents: int
     dead_letters: int
     seconds: float
-
-
-def build_plan(settings: CaptureSettings, identity: TeacherIdentity) -> StorePlan:
-    """Plan a store: list the corpus, cut it into units, write down whatever decides the records.
-
-    Raises:
-        ConfigError: a pattern matches no file, or sequences are longer than the teacher can see.
-    """
-    longest = identity.max_positions
-    if longest is not None and settings.sequences.length > longest:
-        raise ConfigError(
-            f"sequences.length: the teacher {identity.model!r} sees at most {longest} positions, found "
-            f"{settings.sequences.length}; set sequences.length to {longest} or less"
-        )
-    corpus_files = list_corpus_files(settings.corpus, settings.storage_options)
-    units = build_unit_table(corpus_files, settings.unit_bytes, settings.corpus, settings.storage_options)
-    return StorePlan(
-        teacher=identity,
-        corpus=CorpusPlan(
-            text_field=settings.corpus.text_field,
-            id_field=settings.corpus.id_field,
-            max_document_bytes=settings.corpus.max_document_bytes,
-            files=tuple(corpus_files),
-        ),
-        sequences=settings.sequences,
-        method=settings.method,
-        shard=settings.shard,
-        seed=settings.seed,
-        units=units.to_json(),
-        single_writer=settings.single_writer,
-        created_by=f"logitstore {__version__}",
-        created_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    )
 
 
 class UnitCapture:
@@ -167,7 +111,7 @@ class UnitCapture:
         commit = Commit(
             plan_fingerprint=self._fingerprint,
             unit=unit,
-            source=self._units.source_of(unit, self._plan.corpus.files),
+            source=self._units.source_of(unit, self._plan.files),
             attempt=attempt,
             file=path,
             shard=shard,
@@ -176,6 +120,7 @@ class UnitCapture:
             dead_letter_counts=counts,
             dead_letters=dead_letters,
             engine=f"{self._teacher.identity.engine} {self._teacher.identity.engine_version}",
+            created_by=f"logitstore {__version__}",
             seconds=round(time.monotonic() - started, 3),
         )
         assert commit.find_imbalance() is None, commit.find_imbalance()
@@ -196,7 +141,7 @@ class UnitCapture:
 
     def _read_unit(self, unit: int) -> Iterator[Document | DeadLetter]:
         for span in self._units.spans(unit):
-            file = self._plan.corpus.files[span.file_index]
+            file = self._plan.files[span.file_index]
             yield from read_documents(file, span.start, span.stop, self._corpus, self._storage_options)
 
     def _write(self, unit: int, attempt: str, build: SequenceBuild) -> tuple[ShardSummary | None, str | None]:

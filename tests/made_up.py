@@ -136,7 +136,7 @@ def put_shard(
     return Commit(
         plan_fingerprint=fingerprint,
         unit=unit,
-        source=plan.build_unit_table().source_of(unit, plan.corpus.files),
+        source=plan.build_unit_table().source_of(unit, plan.files),
         attempt=attempt,
         file=build_data_path(unit, attempt),
         shard=shard,

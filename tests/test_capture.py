@@ -13,8 +13,9 @@ import torch
 from tiny_models import save_model
 from transformers import AutoModelForCausalLM
 
-from logitstore.capture import CaptureSettings, UnitCapture, build_plan
+from logitstore.capture import UnitCapture
 from logitstore.errors import ConfigError, IncompatibleStoreError, InvalidSignalError
+from logitstore.planning import CaptureSettings, build_plan
 from logitstore.records import RecordBatch
 from logitstore.settings import build_settings
 from logitstore.shard.invariants import find_violations

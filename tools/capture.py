@@ -22,6 +22,9 @@ def command(
     retry_quarantined: Annotated[
         bool, typer.Option("--retry-quarantined", help="Try units again that were set aside.")
     ] = False,
+    extend: Annotated[
+        bool, typer.Option("--extend", help="Add corpus files that the store does not have to it.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -31,10 +34,15 @@ def command(
     Stop it and run it again as you like: what is committed stays. Ends with exit code 3 when units had to be set
     aside because the teacher failed on them.
 
+    A store may grow: with --extend, files that the settings list and the store does not have become new units, and a
+    new manifest lists them after the others. Nothing that is there changes, and readers of earlier manifests see no
+    difference.
+
     \b
     Example:
       logitstore capture capture.yaml
       logitstore capture capture.yaml method.k=32 store=runs/top32
+      logitstore capture capture.yaml --extend
       logitstore capture capture.yaml --address ray://head:10001
     """
     set_up_logs(quiet=quiet, verbose=verbose)
@@ -46,7 +54,7 @@ def command(
     from tools.capture_summary import render_summary, run_capture
     from tools.look import print_json, print_result
 
-    summary = run_capture(settings, address=address, retry_quarantined=retry_quarantined, quiet=quiet)
+    summary = run_capture(settings, address=address, retry_quarantined=retry_quarantined, extend=extend, quiet=quiet)
     if as_json:
         print_json(summary)
     else:

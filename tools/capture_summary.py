@@ -56,6 +56,7 @@ def run_capture(
     *,
     address: str | None = None,
     retry_quarantined: bool = False,
+    extend: bool = False,
     quiet: bool = False,
 ) -> CaptureSummary:
     """Run a capture on the cluster at an address (this machine for None), and look at the store after it.
@@ -63,10 +64,10 @@ def run_capture(
     Raises:
         ConfigError, TeacherError, IncompatibleStoreError, OutsideError: see `cluster.driver.run_capture`.
     """
-    report = report_finished_capture(settings, retry_quarantined=retry_quarantined)
+    report = report_finished_capture(settings, retry_quarantined=retry_quarantined, extend=extend)
     if report is None:
         with connect(address):
-            report = drive_capture(settings, retry_quarantined=retry_quarantined, quiet=quiet)
+            report = drive_capture(settings, retry_quarantined=retry_quarantined, extend=extend, quiet=quiet)
     run = _describe_run(report)
     return CaptureSummary(run=run, store=read_status(StoreFiles(settings.store, settings.storage_options)))
 

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from logitstore.capture import CaptureSettings
 from logitstore.corpus.documents import DeadLetter, Document, list_corpus_files, read_documents
 from logitstore.corpus.files import NUM_LISTING_THREADS, CorpusFile
 from logitstore.corpus.measuring import build_unit_table, estimate_decompressed_bytes
 from logitstore.corpus.parquet import read_row_group_bytes
 from logitstore.corpus.units import UnitSpan, UnitTable
+from logitstore.planning import CaptureSettings
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

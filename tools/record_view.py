@@ -146,7 +146,7 @@ def read_record_view(
     return RecordView(
         store=store.url,
         address=str(found.address),
-        source=plan.build_unit_table().source_of(found.address.unit, plan.corpus.files),
+        source=plan.build_unit_table().source_of(found.address.unit, plan.files),
         num_positions=found.num_positions,
         mean_entropy=None if "entropy" in unknown else float(found.signal.entropy.mean(dtype=np.float64)),
         teacher_loss=None if "next_token_logprob" in unknown else float(-possible.mean()) if len(possible) else 0.0,

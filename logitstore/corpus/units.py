@@ -95,6 +95,21 @@ class UnitTable:
         return table
 
 
+def join_unit_tables(tables: Sequence[UnitTable], first_files: Sequence[int]) -> UnitTable:
+    """One table of the units of several, numbered on from table to table.
+
+    Args:
+        tables: in order.
+        first_files: where in the joint list of corpus files those of each table begin.
+    """
+    first_unit = 0
+    parts = []
+    for table, first_file in zip(tables, first_files, strict=True):
+        parts.append((table.span_unit + first_unit, table.span_file + first_file, table.span_start, table.span_stop))
+        first_unit += len(table)
+    return _build_table(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+
 def plan_units(
     files: Sequence[CorpusFile],
     unit_bytes: int,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from logitstore import __version__
 from logitstore.corpus.documents import DeadLetter, Place
 from logitstore.corpus.files import CorpusFile, StorageOptions
 from logitstore.errors import ConfigError, OutsideError
@@ -74,7 +75,7 @@ class DataSetImport:
         commit = Commit(
             plan_fingerprint=self._fingerprint,
             unit=unit,
-            source=self._units.source_of(unit, self.plan.store.corpus.files),
+            source=self._units.source_of(unit, self.plan.store.files),
             attempt=attempt,
             file=path,
             shard=shard,
@@ -83,6 +84,7 @@ class DataSetImport:
             dead_letter_counts=letter_counts,
             dead_letters=letters,
             engine=f"imported {self.plan.store.teacher.engine_version}",
+            created_by=f"logitstore {__version__}",
             seconds=round(time.monotonic() - started, 3),
         )
         outcome = commit_unit(self._files, commit)
@@ -100,7 +102,7 @@ class DataSetImport:
         """
         index = itertools.count()
         for span in self._units.spans(unit):
-            file = self.plan.store.corpus.files[span.file_index]
+            file = self.plan.store.files[span.file_index]
             for row, found in self._read_rows(file, range(span.start, span.stop or 0)):
                 counts.rows += 1
                 name = f"{file.path}#{row}"

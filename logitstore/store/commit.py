@@ -51,6 +51,7 @@ class Commit(Settings):
     dead_letter_counts: dict[str, int]
     dead_letters: tuple[DeadLetter, ...]
     engine: str
+    created_by: str = ""
     seconds: float
 
     def find_imbalance(self) -> str | None:

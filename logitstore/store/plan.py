@@ -1,7 +1,6 @@
 """plan.json: what a store is a capture of. Written once, create-only; everything else refers to its fingerprint.
 
-A plan of format version 1 is fixed: a store holds the corpus it was planned with, and more text means another store.
-Stores that grow need plans that may be extended, which a later format version is for.
+A store that is given more corpus later keeps its plan and gets extensions of it, see `extension.py`.
 """
 
 from __future__ import annotations
@@ -14,12 +13,13 @@ from pydantic import PrivateAttr, ValidationError
 
 from logitstore.corpus.documents import CorpusFile
 from logitstore.corpus.sequences import SequenceSettings
-from logitstore.corpus.units import UnitTable
+from logitstore.corpus.units import UnitTable, join_unit_tables
 from logitstore.errors import IncompatibleStoreError, StoreNotFoundError
 from logitstore.settings import Settings
 from logitstore.shard.layout import FORMAT_VERSION, UnknownScalar
 from logitstore.shard.writer import ShardSettings
 from logitstore.store.create_only import check_create_only, create_or_read_back
+from logitstore.store.extension import PlanExtension, read_extensions
 from logitstore.store.files import StoreFiles
 from logitstore.teacher.protocol import Method, TeacherIdentity
 
@@ -44,7 +44,8 @@ class StorePlan(Settings):
 
     `units` is the columnar unit table (`UnitTable.to_json`). `unknown_scalars` names columns that may hold NaN because
     whoever computed the signals did not tell them. `created_by` and `created_at` are for people and, like
-    `single_writer`, do not count when two plans are compared.
+    `single_writer`, do not count when two plans are compared. `corpus` and `units` are those of plan.json; `files` and
+    `build_unit_table` count in what extensions have added.
     """
 
     format_version: int = FORMAT_VERSION
@@ -54,6 +55,7 @@ class StorePlan(Settings):
     method: Method
     shard: ShardSettings
     seed: int
+    unit_bytes: int | None = None
     units: dict[str, Any]
     unknown_scalars: tuple[UnknownScalar, ...] = ()
     single_writer: bool = False
@@ -61,9 +63,22 @@ class StorePlan(Settings):
     created_at: str = ""
     # What plan.json holds, of a plan that was read: a setting that a later release adds must not change a fingerprint.
     _stored: dict[str, Any] | None = PrivateAttr(default=None)
+    _extensions: tuple[PlanExtension, ...] = PrivateAttr(default=())
+
+    @property
+    def extensions(self) -> tuple[PlanExtension, ...]:
+        """What the store was given since it was planned, in order."""
+        return self._extensions
+
+    @property
+    def files(self) -> tuple[CorpusFile, ...]:
+        """The whole corpus: the files that the units' spans refer to."""
+        return self.corpus.files + tuple(file for extension in self._extensions for file in extension.files)
 
     def build_unit_table(self) -> UnitTable:
-        return UnitTable.from_json(self.units)
+        """All units, those of extensions included."""
+        tables = [UnitTable.from_json(self.units), *(extension.build_unit_table() for extension in self._extensions)]
+        return join_unit_tables(tables, [0, *(extension.first_file for extension in self._extensions)])
 
     def compute_fingerprint(self) -> str:
         """SHA-256 of what decides the records, as canonical JSON; of a plan that was read, as it is stored."""
@@ -106,11 +121,11 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def read_plan(files: StoreFiles) -> StorePlan:
-    """The plan of a store.
+    """The plan of a store, with its extensions.
 
     Raises:
         StoreNotFoundError: there is no store at the URL.
-        IncompatibleStoreError: another program or format version wrote it.
+        IncompatibleStoreError: another program or format version wrote it, or an extension is missing or damaged.
     """
     try:
         raw = files.read(PLAN_PATH)
@@ -118,7 +133,7 @@ def read_plan(files: StoreFiles) -> StorePlan:
         raise StoreNotFoundError(
             f"{files.url}: expected a store, found no {PLAN_PATH}; check the address, or run 'logitstore capture' first"
         ) from None
-    return _parse_plan(raw, files.url)
+    return _read_extensions(files, _parse_plan(raw, files.url))
 
 
 def _parse_plan(raw: bytes, url: str) -> StorePlan:
@@ -144,6 +159,12 @@ def _parse_plan(raw: bytes, url: str) -> StorePlan:
     return plan
 
 
+def _read_extensions(files: StoreFiles, plan: StorePlan) -> StorePlan:
+    num_units = len(plan.build_unit_table())
+    plan._extensions = read_extensions(files, plan.compute_fingerprint(), len(plan.corpus.files), num_units)
+    return plan
+
+
 def create_plan(files: StoreFiles, plan: StorePlan) -> StorePlan:
     """Make a plan the store's plan, or join the store if it has the same one already; returns the stored plan.
 
@@ -161,10 +182,19 @@ def create_plan(files: StoreFiles, plan: StorePlan) -> StorePlan:
         if create_or_read_back(files, PLAN_PATH, data):
             return _parse_plan(data, files.url)
         existing = read_plan(files)  # somebody was faster
-    if differences := existing.find_differences(plan):
+    check_no_differences(files.url, existing.find_differences(plan))
+    return existing
+
+
+def check_no_differences(url: str, differences: list[str], advice: str = "") -> None:
+    """Refuse to go on with a store that was planned otherwise.
+
+    Raises:
+        IncompatibleStoreError: there are differences; prints both sides of each.
+    """
+    if differences:
         listed = "\n  ".join(differences)
         raise IncompatibleStoreError(
-            f"{files.url}: this store was planned with other settings:\n  {listed}\n"
-            "capture into a new store, or use the settings the store was made with"
+            f"{url}: this store was planned with other settings:\n  {listed}\n"
+            f"{advice or 'capture into a new store, or use the settings the store was made with'}"
         )
-    return existing

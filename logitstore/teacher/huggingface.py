@@ -56,6 +56,7 @@ class HuggingFaceTeacher:
             dtype=str(model.dtype).removeprefix("torch."),
             weights_fingerprint=weights_fingerprint,
             tokenizer_fingerprint=tokenizer.fingerprint,
+            chat_template_fingerprint=tokenizer.chat_template_fingerprint,
             vocab_size=tokenizer.vocab_size,
             padded_vocab_size=self._logits.width,
             max_positions=max_positions,

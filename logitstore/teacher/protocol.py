@@ -77,6 +77,7 @@ class TeacherIdentity(Settings):
         dtype: precision of the weights in memory.
         weights_fingerprint: see `fingerprint.py`; of an imported data set, how it was read.
         tokenizer_fingerprint: see `tokenizer.py`.
+        chat_template_fingerprint: sha256 of the tokenizer's template for conversations, None where it has none.
         vocab_size: ids that the tokenizer can emit.
         padded_vocab_size: width of the model's output, at least `vocab_size`.
         max_positions: longest sequence, None where the model has no limit.
@@ -91,6 +92,7 @@ class TeacherIdentity(Settings):
     dtype: str
     weights_fingerprint: str
     tokenizer_fingerprint: str
+    chat_template_fingerprint: str | None = None
     vocab_size: int = Field(ge=1)
     padded_vocab_size: int = Field(ge=1)
     max_positions: int | None

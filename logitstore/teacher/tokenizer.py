@@ -27,6 +27,7 @@ class TeacherTokenizer:
         vocab_size: ids it can emit are in [0, vocab_size).
         end_of_text_id: the id that ends a text.
         fingerprint: see `fingerprint_tokenizer`.
+        chat_template_fingerprint: sha256 of its template for conversations, None where it has none.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
@@ -39,6 +40,7 @@ class TeacherTokenizer:
         self.vocab_size = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
         self.end_of_text_id = int(tokenizer.eos_token_id)
         self.fingerprint = fingerprint_tokenizer(tokenizer)
+        self.chat_template_fingerprint = _fingerprint_template(tokenizer.chat_template)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, without special tokens, however long."""
@@ -58,6 +60,11 @@ def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
         "probe": _encode(tokenizer, [_PROBE_TEXT])[0],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _fingerprint_template(template: str | dict[str, str] | None) -> str | None:
+    """Some tokenizers have several templates, by name."""
+    return None if not template else hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest()
 
 
 def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> TeacherTokenizer:

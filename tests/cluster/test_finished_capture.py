@@ -11,8 +11,8 @@ from made_up import VOCAB_SIZE, build_identity, build_records, put_shard
 
 from cluster.report import report_finished_capture
 from cluster.settings import ClusterCaptureSettings, make_paths_absolute
-from logitstore.capture import build_plan
 from logitstore.errors import IncompatibleStoreError
+from logitstore.planning import build_plan
 from logitstore.settings import build_settings
 from logitstore.store.commit import QuarantinedUnit, build_attempt, commit_unit, quarantine_unit
 from logitstore.store.files import StoreFiles

@@ -12,8 +12,9 @@ import pytest
 from made_up import VOCAB_SIZE, build_identity, build_signal
 
 from logitstore import capture as capture_module
-from logitstore.capture import CaptureSettings, UnitCapture, build_plan
+from logitstore.capture import UnitCapture
 from logitstore.errors import OutsideError
+from logitstore.planning import CaptureSettings, build_plan
 from logitstore.records import Signal
 from logitstore.settings import build_settings
 from logitstore.store.commit import DATA, Outcome, read_commit

@@ -88,3 +88,13 @@ def test_tokenizer_without_torch_works(make_tokenizer: MakeTokenizer, tmp_path: 
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(found.stdout) > 0
+
+
+def test_chat_template_is_told_apart_from_none_and_from_another(make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = make_tokenizer()
+    found = []
+    for template in (None, "{{ messages }}", "{{ messages }}!", {"default": "{{ messages }}", "tools": ""}):
+        tokenizer.chat_template = template
+        found.append(TeacherTokenizer(tokenizer, "made").chat_template_fingerprint)
+    assert found[0] is None
+    assert len(set(found)) == 4

@@ -128,3 +128,26 @@ def test_train_then_evaluate_on_the_same_records_agree(captured: dict[str, Any],
     table = run("evaluate", report["student"], "--store", captured["store"]["store"], "--all").stdout
     assert "KL(teacher, student)" in table
     assert "calibration error" in table
+
+
+def test_capture_of_more_files_extends_the_store_only_when_asked(run: Run, folder: Path) -> None:
+    corpus, store = folder / "growing.jsonl", folder / "growing"
+    more = folder / "more.jsonl"
+    corpus.write_text("".join(json.dumps({"text": f"value_{i} = {i}\n" * 4}) + "\n" for i in range(20)))
+    more.write_text("".join(json.dumps({"text": f"more_{i} = {i}\n" * 4}) + "\n" for i in range(10)))
+    settings = (folder / "capture.yaml", f"store={store}")
+    first = json.loads(run("capture", *settings, f"corpus.files=[{corpus}]", "--json").stdout)["store"]
+    both = f"corpus.files=[{corpus}, {more}]"
+    refused = run("capture", *settings, both, exit_code=3)
+    assert "1 not in the store" in refused.stderr
+    assert "--extend" in refused.stderr
+    before = {path: path.read_bytes() for path in store.rglob("*") if path.is_file()}
+    second = json.loads(run("capture", *settings, both, "--extend", "--json").stdout)
+    assert second["run"]["units_before"] == first["units_committed"]
+    assert second["store"]["documents"] == first["documents"] + 10
+    assert (second["store"]["is_complete"], second["store"]["manifest"]) == (True, 2)
+    assert {path: path.read_bytes() for path in before} == before
+    assert "nothing was left to do" in run("capture", *settings, both).stdout
+    assert json.loads(run("verify", store, "--json").stdout)["problems"] == []
+    pinned = json.loads(run("inspect", store, "--manifest", 1, "--json").stdout)
+    assert (pinned["positions"], pinned["documents"]) == (first["positions"], first["documents"])

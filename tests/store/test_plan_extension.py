@@ -1,0 +1,264 @@
+"""A store that grows: extensions of its plan, created once each, and nothing changed that was there."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from made_up import build_identity, build_plan, build_records, put_shard
+
+from logitstore.corpus.documents import CorpusFile
+from logitstore.corpus.files import CorpusSettings
+from logitstore.corpus.units import UnitTable
+from logitstore.errors import IncompatibleStoreError
+from logitstore.planning import CaptureSettings, find_new_files, open_plan
+from logitstore.store.commit import Outcome, build_attempt, commit_unit
+from logitstore.store.extension import PlanExtension, build_extension_path, create_extension
+from logitstore.store.files import StoreFiles
+from logitstore.store.garbage import find_garbage
+from logitstore.store.logit_store import LogitStore
+from logitstore.store.manifest import write_manifest
+from logitstore.store.plan import PLAN_PATH, StorePlan, create_plan, read_plan
+from logitstore.store.verify import verify_store
+from logitstore.stream.iterator import RecordStream
+
+WriteCorpus = Callable[..., CaptureSettings]
+
+
+def build_extension(plan: StorePlan, num_units: int, **changes: object) -> PlanExtension:
+    """More made-up files, one unit each."""
+    units = np.arange(num_units)
+    table = UnitTable(span_unit=units, span_file=units, span_start=units * 0, span_stop=units * 0 + 100)
+    files = tuple(
+        CorpusFile(
+            path=f"/more/{len(plan.files) + i}.txt",
+            source="more",
+            format="text",
+            compression="none",
+            bytes=100,
+            fingerprint=f"{i:064d}",
+        )
+        for i in range(num_units)
+    )
+    values: dict[str, object] = {
+        "plan_fingerprint": plan.compute_fingerprint(),
+        "first_file": len(plan.files),
+        "first_unit": len(plan.build_unit_table()),
+        "files": files,
+        "units": table.to_json(),
+    }
+    return PlanExtension.model_validate({**values, **changes})
+
+
+def capture_units(files: StoreFiles, plan: StorePlan, units: range, folder: Path) -> None:
+    for unit in units:
+        commit = put_shard(files, plan, unit, build_records(6, unit=unit), build_attempt(), folder)
+        assert commit_unit(files, commit) is Outcome.WON
+    write_manifest(files, plan.compute_fingerprint())
+
+
+def grow(files: StoreFiles, num_units: int) -> StorePlan:
+    plan = read_plan(files)
+    assert create_extension(files, len(plan.extensions) + 2, build_extension(plan, num_units))
+    return read_plan(files)
+
+
+@pytest.fixture
+def write_corpus(tmp_path: Path) -> WriteCorpus:
+    """Function that writes text files and returns settings of a capture of them."""
+
+    def write(*names: str, **changes: object) -> CaptureSettings:
+        for name in names:
+            path = tmp_path / "corpus" / name
+            path.parent.mkdir(exist_ok=True)
+            if not path.exists():
+                path.write_text(f"the text of {name} " * 20)
+        values: dict[str, object] = {
+            "store": str(tmp_path / "store"),
+            "corpus": CorpusSettings(files=[str(tmp_path / "corpus" / name) for name in names]),
+            "teacher": {"model": "made-up"},
+            "unit_bytes": 300,
+        }
+        return CaptureSettings.model_validate({**values, **changes})
+
+    return write
+
+
+def open_with(settings: CaptureSettings, **options: Any) -> StorePlan:
+    return open_plan(StoreFiles(settings.store), settings, build_identity(), **options)
+
+
+def test_store_that_has_grown_reads_old_and_new_manifests(store_url: str, tmp_path: Path) -> None:
+    files = StoreFiles(store_url)
+    plan = create_plan(files, build_plan(2))
+    capture_units(files, plan, range(2), tmp_path)
+    before = LogitStore.open(store_url)
+    grown = grow(files, 3)
+    assert len(grown.build_unit_table()) == 5
+    capture_units(files, grown, range(2, 5), tmp_path)
+    after, pinned = LogitStore.open(store_url), LogitStore.open(store_url, manifest=1)
+    assert (len(before), len(pinned), len(after)) == (12, 12, 30)
+    assert pinned.fingerprint == before.fingerprint != after.fingerprint
+    assert after.list_sources() == ["corpus", "more"]
+    for i in range(12):
+        np.testing.assert_array_equal(after[i].token_ids, before[i].token_ids)
+    assert not verify_store(files).problems
+    assert find_garbage(files, grace_seconds=0) == []
+
+
+def test_training_stream_of_a_pinned_manifest_is_the_same_after_the_store_has_grown(tmp_path: Path) -> None:
+    files = StoreFiles(str(tmp_path / "store"))
+    capture_units(files, create_plan(files, build_plan(2)), range(2), tmp_path)
+
+    def draw() -> list[list[str]]:
+        stream = RecordStream(LogitStore.open(files.url, manifest=1), global_batch_sequences=4, seed=1)
+        batches = iter(stream)
+        return [[str(address) for address in next(batches).addresses()] for _ in range(6)]
+
+    expected = draw()
+    capture_units(files, grow(files, 2), range(2, 4), tmp_path)
+    assert draw() == expected
+
+
+def test_commits_of_new_units_carry_the_fingerprint_of_the_plan(tmp_path: Path) -> None:
+    files = StoreFiles(str(tmp_path / "store"))
+    before = create_plan(files, build_plan(2))
+    grown = grow(files, 1)
+    assert grown.compute_fingerprint() == before.compute_fingerprint()
+    assert grown.extensions[0].first_unit == 2
+    assert json.loads(files.read(PLAN_PATH)) == json.loads(before.model_dump_json())
+
+
+def test_units_of_extensions_refer_to_their_own_files(tmp_path: Path) -> None:
+    files = StoreFiles(str(tmp_path / "store"))
+    create_plan(files, build_plan(2))
+    grow(files, 1)
+    plan = grow(files, 2)
+    table = plan.build_unit_table()
+    paths = [plan.files[span.file_index].path for unit in range(5) for span in table.spans(unit)]
+    assert paths == ["/corpus/0.txt", "/corpus/1.txt", "/more/2.txt", "/more/3.txt", "/more/4.txt"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"plan_fingerprint": "9" * 64}, "extension 2 of plan 9999"),
+        ({"first_unit": 7}, "unit 7"),
+        ({"first_file": 7}, "from file 7"),
+        ({"format_version": 99}, "format version differs\n  in the store: 99"),
+    ],
+)
+def test_extension_that_does_not_continue_the_plan_is_refused_with_both_sides(
+    changes: dict[str, object], found: str, tmp_path: Path
+) -> None:
+    files = StoreFiles(str(tmp_path / "store"))
+    plan = create_plan(files, build_plan(2))
+    create_extension(files, 2, build_extension(plan, 1, **changes))
+    with pytest.raises(IncompatibleStoreError, match=found):
+        read_plan(files)
+
+
+def test_plan_with_a_missing_or_damaged_extension_names_the_object(tmp_path: Path) -> None:
+    files = StoreFiles(str(tmp_path / "store"))
+    create_plan(files, build_plan(2))
+    grow(files, 1)
+    grow(files, 1)
+    files.delete(build_extension_path(2))
+    with pytest.raises(IncompatibleStoreError, match=r"plan-000003\.json: does not continue the plan"):
+        read_plan(files)
+    files.put(build_extension_path(2), b"{}")
+    with pytest.raises(IncompatibleStoreError, match=r"plan-000002\.json: expected an extension of a plan"):
+        read_plan(files)
+
+
+def test_capture_with_more_files_is_refused_unless_asked_to_extend(write_corpus: WriteCorpus) -> None:
+    assert len(open_with(write_corpus("a.txt", "b.txt")).build_unit_table()) == 2
+    more = write_corpus("a.txt", "b.txt", "c.txt")
+    with pytest.raises(IncompatibleStoreError, match=r"1 not in the store, first '.*c\.txt'\n.*--extend"):
+        open_with(more)
+    assert len(open_with(more, extend=True).build_unit_table()) == 3
+    assert len(open_with(more).build_unit_table()) == 3
+    assert len(open_with(more, extend=True).extensions) == 1  # nothing is left to add
+
+
+def test_extending_capture_need_not_list_what_the_store_has(write_corpus: WriteCorpus) -> None:
+    open_with(write_corpus("a.txt", "b.txt"))
+    plan = open_with(write_corpus("c.txt"), extend=True)
+    assert [Path(file.path).name for file in plan.files] == ["a.txt", "b.txt", "c.txt"]
+    with pytest.raises(IncompatibleStoreError, match="2 not in this capture, first"):
+        open_with(write_corpus("c.txt"))
+
+
+def test_changed_file_is_refused_also_when_extending(write_corpus: WriteCorpus, tmp_path: Path) -> None:
+    open_with(write_corpus("a.txt"))
+    (tmp_path / "corpus" / "a.txt").write_text("another text")
+    for extend in (False, True):
+        with pytest.raises(IncompatibleStoreError, match=r"corpus file '.*a\.txt'\n    in the store: .* 360 bytes"):
+            open_with(write_corpus("a.txt", "b.txt"), extend=extend)
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"method": {"kind": "top_k", "k": 3}}, r"method\.k\n    in the store:     64\n    in this capture:  3"),
+        ({"seed": 5}, "seed"),
+        ({"shard": {"codec": {"kind": "float32"}}}, r"shard\.codec\.kind"),
+    ],
+)
+def test_other_settings_are_refused_also_when_extending(
+    changes: dict[str, object], line: str, write_corpus: WriteCorpus
+) -> None:
+    open_with(write_corpus("a.txt"))
+    with pytest.raises(IncompatibleStoreError, match=line):
+        open_with(write_corpus("a.txt", "b.txt", **changes), extend=True)
+
+
+def test_unit_size_may_change_with_an_extension_only(write_corpus: WriteCorpus) -> None:
+    open_with(write_corpus("a.txt"))
+    with pytest.raises(IncompatibleStoreError, match="unit_bytes"):
+        open_with(write_corpus("a.txt", unit_bytes=10_000))
+    plan = open_with(write_corpus("a.txt", "b.txt", "c.txt", unit_bytes=10_000), extend=True)
+    assert len(plan.build_unit_table()) == 2
+    assert open_with(write_corpus("a.txt", "b.txt", "c.txt", unit_bytes=10_000)).unit_bytes == 300
+
+
+def test_two_captures_that_extend_at_once_add_every_file_once(write_corpus: WriteCorpus, tmp_path: Path) -> None:
+    open_with(write_corpus("a.txt"))
+    settings = [write_corpus("a.txt", *names) for names in (("b.txt", "c.txt"), ("c.txt", "d.txt"), ("b.txt", "d.txt"))]
+    barrier = threading.Barrier(len(settings))
+
+    def extend(chosen: CaptureSettings) -> None:
+        barrier.wait()
+        open_with(chosen, extend=True)
+
+    threads = [threading.Thread(target=extend, args=(chosen,)) for chosen in settings]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    plan = read_plan(StoreFiles(str(tmp_path / "store")))
+    assert sorted(Path(file.path).name for file in plan.files) == ["a.txt", "b.txt", "c.txt", "d.txt"]
+    assert len(plan.build_unit_table()) == 4
+
+
+def test_capture_that_was_killed_before_its_extension_leaves_the_store_as_it_was(
+    write_corpus: WriteCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = StoreFiles(str(tmp_path / "store"))
+    before = open_with(write_corpus("a.txt"))
+
+    def die(*_: object) -> bool:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StoreFiles, "create", die)
+        with pytest.raises(KeyboardInterrupt):
+            open_with(write_corpus("a.txt", "b.txt"), extend=True)
+    assert read_plan(files).files == before.files
+    added = find_new_files(files.url, before, write_corpus("a.txt", "b.txt"), build_identity(), extend=True)
+    assert [Path(file.path).name for file in added] == ["b.txt"]
