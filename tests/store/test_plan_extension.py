@@ -17,12 +17,12 @@ from logitstore.corpus.files import CorpusSettings
 from logitstore.corpus.units import UnitTable
 from logitstore.errors import IncompatibleStoreError
 from logitstore.planning import CaptureSettings, find_new_files, open_plan
-from logitstore.store.commit import Outcome, build_attempt, commit_unit
+from logitstore.store.commit import Outcome, build_attempt, build_commit_path, commit_unit
 from logitstore.store.extension import PlanExtension, build_extension_path, create_extension
 from logitstore.store.files import StoreFiles
 from logitstore.store.garbage import find_garbage
 from logitstore.store.logit_store import LogitStore
-from logitstore.store.manifest import write_manifest
+from logitstore.store.manifest import list_manifests, write_manifest
 from logitstore.store.plan import PLAN_PATH, StorePlan, create_plan, read_plan
 from logitstore.store.verify import verify_store
 from logitstore.stream.iterator import RecordStream
@@ -262,3 +262,67 @@ def test_capture_that_was_killed_before_its_extension_leaves_the_store_as_it_was
     assert read_plan(files).files == before.files
     added = find_new_files(files.url, before, write_corpus("a.txt", "b.txt"), build_identity(), extend=True)
     assert [Path(file.path).name for file in added] == ["b.txt"]
+
+
+class KilledError(BaseException):
+    """Stands for SIGKILL: nobody catches it."""
+
+
+class DyingFiles(StoreFiles):
+    """A store whose process dies before one of its writes."""
+
+    writes_left = 0
+
+    def _count(self) -> None:
+        if not self.writes_left:
+            raise KilledError
+        self.writes_left -= 1
+
+    def create(self, path: str, data: bytes) -> bool:
+        self._count()
+        return super().create(path, data)
+
+    def put_file(self, path: str, source: Path) -> None:
+        self._count()
+        super().put_file(path, source)
+
+    def delete(self, path: str) -> None:
+        self._count()
+        super().delete(path)
+
+
+def test_kill_before_any_write_of_a_growing_store_leaves_the_old_one_or_the_new_one(tmp_path: Path) -> None:
+    """Capture two units, extend by two, capture those: every prefix of the writes, then a rerun to the end."""
+
+    def run(files: StoreFiles) -> None:
+        plan = create_plan(files, build_plan(2))
+        if not read_plan(files).extensions:
+            capture_missing(files, plan)
+            create_extension(files, 2, build_extension(plan, 2, created_at="once"))
+        capture_missing(files, read_plan(files))
+
+    def capture_missing(files: StoreFiles, plan: StorePlan) -> None:
+        for unit in range(len(plan.build_unit_table())):
+            if not files.exists(build_commit_path(unit)):
+                commit_unit(files, put_shard(files, plan, unit, build_records(3, unit=unit), build_attempt(), tmp_path))
+        write_manifest(files, plan.compute_fingerprint())
+
+    for writes in range(40):
+        dying = DyingFiles(str(tmp_path / f"store-{writes}"))
+        dying.writes_left = writes
+        try:
+            run(dying)
+        except KilledError:
+            is_done = False
+        else:
+            is_done = True
+        files = StoreFiles(dying.url)
+        seen = len(LogitStore.open(files.url)) if list_manifests(files) else 0
+        assert seen in (0, 6, 12)
+        run(files)
+        assert len(LogitStore.open(files.url)) == 12
+        assert verify_store(files).problems == ()
+        if is_done:
+            assert writes > 10
+            return
+    pytest.fail("the capture never finished")
