@@ -65,9 +65,9 @@ def _cleaned_up(files: StoreFiles) -> Iterator[None]:
     try:
         yield
     finally:
-        for folder in ("data", "small"):
-            for file in files.list(folder):
-                files.delete(f"{folder}/{file.name}")
+        paths = [f"{folder}/{file.name}" for folder in ("data", "small") for file in files.list(folder)]
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            list(pool.map(files.delete, paths))
 
 
 def _measure(files: StoreFiles, shard: Path, repeats: int) -> None:
@@ -76,8 +76,8 @@ def _measure(files: StoreFiles, shard: Path, repeats: int) -> None:
 
     size = shard.stat().st_size
     files.put_file("data/shard", shard)
-    for number in range(_NUM_SMALL):
-        files.put(f"small/{number}", bytes(_SMALL_BYTES))
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        list(pool.map(lambda number: files.put(f"small/{number}", bytes(_SMALL_BYTES)), range(_NUM_SMALL)))
     accesses = [
         Access(name=f"put {size >> 20} MiB", bytes=size),
         Access(name=f"get {size >> 20} MiB", bytes=size),
