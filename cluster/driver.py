@@ -11,6 +11,7 @@ again and it lists what is committed and goes on with the rest. What trouble cos
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from typing import Any
@@ -20,6 +21,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from cluster.actor import LoadedTeacher
 from cluster.failures import ActorFailure, read_failure
+from cluster.manifests import RunningManifests
 from cluster.placement import build_demand, check_placeable, count_actors, describe_nodes, read_nodes
 from cluster.pool import ActorPool, EndedCall, Slot
 from cluster.progress import CaptureFigures, CaptureProgress
@@ -125,10 +127,14 @@ class _Driver:
         _LOG.info("%d units planned, %d committed, %d to do", figures.units_planned, figures.units_before, len(to_do))
 
     def _capture_units(self) -> None:
-        while self._queue.has_units:
-            self._step()
-            self._figures.actors_ready = self._pool.num_ready
-            self._progress.update()
+        figures = self._figures
+        manifests = RunningManifests(self._files, self._plan.compute_fingerprint(), figures.units_before)
+        with contextlib.closing(manifests):
+            while self._queue.has_units:
+                self._step()
+                figures.actors_ready = self._pool.num_ready
+                self._progress.update()
+                manifests.write_if_due(figures.units_before + figures.units_captured)
 
     def _save_manifest(self) -> None:
         """So that what is captured can be read although the capture ends in an error."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +31,7 @@ from logitstore.settings import build_settings
 from logitstore.store.commit import COMMITS, commit_unit, list_units, read_quarantine
 from logitstore.store.files import StoreFiles
 from logitstore.store.logit_store import LogitStore
+from logitstore.store.manifest import list_manifests, read_manifest
 from logitstore.store.plan import read_plan
 
 Answer = Any
@@ -297,3 +299,42 @@ def test_actor_that_no_machine_here_can_hold_is_refused_before_any_is_started(
     with pytest.raises(ConfigError, match="64 CPUs"):
         run_capture(settings, quiet=True)
     assert made_up_ray.started == 0
+
+
+class AtOnce:
+    """A pool that does its work when it is asked to."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def submit(self, work: Callable[[], None]) -> Future[None]:
+        work()
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def shutdown(self) -> None:
+        pass
+
+
+def test_long_capture_writes_manifests_while_it_runs(made_up_ray: MadeUpRay, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.manifests.MIN_NEW_UNITS", 5)
+    monkeypatch.setattr("cluster.manifests.ThreadPoolExecutor", AtOnce)
+    report = run_capture(made_up_ray.settings, quiet=True)
+    files = StoreFiles(made_up_ray.settings.store)
+    sizes = [len(read_manifest(files, number).units) for number in list_manifests(files)]
+    assert len(sizes) > 2
+    assert sizes == sorted(set(sizes))
+    assert (sizes[-1], report.manifest_number) == (NUM_UNITS, len(sizes))
+
+
+def test_manifest_that_cannot_be_written_while_a_capture_runs_does_not_stop_it(
+    made_up_ray: MadeUpRay, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise OutsideError("the storage sleeps")
+
+    monkeypatch.setattr("cluster.manifests.MIN_NEW_UNITS", 5)
+    monkeypatch.setattr("cluster.manifests.write_manifest", fail)
+    assert run_capture(made_up_ray.settings, quiet=True).manifest_number == 1
+    assert "no manifest was written while the capture runs: the storage sleeps" in caplog.text
