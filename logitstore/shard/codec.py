@@ -102,6 +102,7 @@ class CompactCodec(_FloatCodec):
         return compact.bound_logprobs(batch.support_logprobs, batch.support_counts)
 
 
+CODEC_KINDS = ("float32", "float16", "compact")
 Codec = Annotated[Float32Codec | Float16Codec | CompactCodec, Field(discriminator="kind")]
 
 

@@ -1,0 +1,96 @@
+"""Write the stores of the current format version that every later release must be able to read.
+
+    python tests/store/make_golden.py
+
+Run it once for each format version, when that version is fixed; it refuses to replace what is there.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+
+from made_up import build_plan, build_records, put_shard
+
+from logitstore.shard.codec import CODEC_KINDS
+from logitstore.shard.layout import FORMAT_VERSION
+from logitstore.shard.writer import ShardSettings
+from logitstore.store.commit import commit_unit
+from logitstore.store.extension import PlanExtension, create_extension
+from logitstore.store.files import StoreFiles
+from logitstore.store.logit_store import LogitStore
+from logitstore.store.manifest import write_manifest
+from logitstore.store.plan import create_plan, read_plan
+
+GOLDEN = Path(__file__).with_name("golden")
+
+
+def main() -> None:
+    """One store per codec: two units and a manifest, then an extension of one unit and another manifest."""
+    for kind in CODEC_KINDS:
+        folder = GOLDEN / f"version-{FORMAT_VERSION}" / kind
+        if folder.exists():
+            raise SystemExit(f"{folder}: there is a golden store already; they are never replaced")
+        files = StoreFiles(str(folder / "store"))
+        shard = ShardSettings.model_validate({"codec": {"kind": kind}, "row_group_bytes": 2000})
+        plan = create_plan(files, build_plan(2, shard=shard, created_by="golden", created_at="2026-11-22"))
+        write_units(files, range(2))
+        more = build_plan(1, sources=("more",)).corpus.files[0].model_copy(update={"path": "/more/0.txt"})
+        extension = PlanExtension(
+            plan_fingerprint=plan.compute_fingerprint(),
+            first_file=2,
+            first_unit=2,
+            files=(more,),
+            units=build_plan(1).units,
+            created_by="golden",
+            created_at="2026-11-22",
+        )
+        create_extension(files, 2, extension)
+        write_units(files, range(2, 3))
+        (folder / "expected.json").write_text(json.dumps(describe(files.url), indent=1))
+
+
+def write_units(files: StoreFiles, units: range) -> None:
+    plan = read_plan(files)
+    with tempfile.TemporaryDirectory() as folder:
+        for unit in units:
+            records = build_records(6, unit=unit, length=8)
+            commit_unit(files, put_shard(files, plan, unit, records, f"golden{unit}", Path(folder)))
+    write_manifest(files, plan.compute_fingerprint())
+
+
+def describe(url: str) -> dict[str, object]:
+    """What a reader must find: fingerprints of both manifests, and every record with its values."""
+    store = LogitStore.open(url)
+    return {
+        "plan_fingerprint": store.plan.compute_fingerprint(),
+        "manifest_fingerprints": [LogitStore.open(url, manifest=number).fingerprint for number in (1, 2)],
+        "records": [
+            {
+                "address": str(record.address),
+                "token_ids": record.token_ids.tolist(),
+                "loss_mask": record.loss_mask.tolist(),
+                "documents": [[d.document_id, d.start, d.document_offset] for d in record.documents],
+                **{
+                    name: getattr(record.signal, name).tolist()
+                    for name in (
+                        "support_counts",
+                        "support_ids",
+                        "support_logprobs",
+                        "tail_logprob",
+                        "entropy",
+                        "next_token_logprob",
+                    )
+                },
+            }
+            for record in store
+        ],
+    }
+
+
+if __name__ == "__main__":
+    main()
