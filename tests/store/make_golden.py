@@ -1,6 +1,6 @@
 """Write the stores of the current format version that every later release must be able to read.
 
-    python tests/store/make_golden.py
+    PYTHONPATH=.:tests python tests/store/make_golden.py
 
 Run it once for each format version, when that version is fixed; it refuses to replace what is there.
 """
@@ -8,11 +8,8 @@ Run it once for each format version, when that version is fixed; it refuses to r
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 from pathlib import Path
-
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 from made_up import build_plan, build_records, put_shard
 
