@@ -196,7 +196,9 @@ def _plan_units(
             check_columns(file.path, parquet.schema_arrow, layout)
             for group in range(parquet.num_row_groups):
                 total = 0
-                for batch in parquet.iter_batches(_ROWS_AT_A_TIME, row_groups=[group], columns=["input_ids"]):
+                for batch in parquet.iter_batches(
+                    _ROWS_AT_A_TIME, row_groups=[group], columns=["input_ids"], use_threads=False
+                ):
                     lengths = pc.list_value_length(batch.column(0)).fill_null(0).cast(pa.int64()).to_numpy()
                     total += int(lengths.sum())
                     longest = max(longest, int(lengths.max(initial=0)))

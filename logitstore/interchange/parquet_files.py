@@ -29,7 +29,8 @@ def open_parquet(file: CorpusFile, storage_options: StorageOptions | None = None
     stream = open_range_reader(file, storage_options)
     with reading(file.path):
         try:
-            yield pq.ParquetFile(stream, buffer_size=REQUEST_BYTES)
+            # Not buffered ahead: row groups may be gigabytes.
+            yield pq.ParquetFile(stream, buffer_size=REQUEST_BYTES, pre_buffer=False)
         except pa.ArrowInvalid as error:
             raise CorpusError(f"{file.path}: expected a Parquet file, found: {error}; replace the file") from error
 
@@ -51,7 +52,8 @@ def iterate_tables(parquet: pq.ParquetFile, layout: Layout, row_groups: range) -
     """Yield (first row in the file, table of a few rows) with the layout's columns."""
     first = sum(parquet.metadata.row_group(i).num_rows for i in range(row_groups.start))
     names = [name for name in (*layout.columns, *layout.optional_columns) if name in parquet.schema_arrow.names]
-    for batch in parquet.iter_batches(batch_size=ROWS_AT_A_TIME, row_groups=row_groups, columns=names):
+    batches = parquet.iter_batches(ROWS_AT_A_TIME, row_groups=row_groups, columns=names, use_threads=False)
+    for batch in batches:
         yield first, pa.Table.from_batches([batch])
         first += len(batch)
 

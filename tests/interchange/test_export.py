@@ -268,6 +268,22 @@ def test_export_with_settings_that_do_not_fit_says_why(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("layout", ["distillkit", "distillkit-compressed", "axolotl"])
+def test_export_is_a_data_set_for_the_loader_that_both_tools_use(
+    layout: str, build_store: BuildStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    export_store(build_store(), tmp_path / "out", layout=layout)
+    loaded = datasets.load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
+    assert list(loaded) == ["train"]
+    rows = read_rows(tmp_path / "out")
+    assert loaded["train"].column_names == list(rows[0])
+    assert loaded["train"][-1] == rows[-1]
+
+
+@pytest.mark.slow
 def test_export_from_and_to_s3_reads_back_the_same(build_store: BuildStore, s3_url: str) -> None:
     export = export_store(build_store(f"{s3_url}/store"), f"{s3_url}/out", layout="axolotl")
     agreement = check_export(export, is_whole=False, report=ignore)
