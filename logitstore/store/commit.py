@@ -25,6 +25,7 @@ from logitstore.shard.layout import FORMAT_VERSION
 from logitstore.shard.summary import ShardSummary
 from logitstore.store.create_only import create_or_read_back
 from logitstore.store.files import StoreFiles
+from logitstore.store.sealed_json import BrokenSealError, seal, unseal
 
 COMMITS = "commits"
 DATA = "data"
@@ -120,19 +121,27 @@ def commit_unit(files: StoreFiles, commit: Commit) -> Outcome:
     def is_ours(found: bytes) -> bool:
         return parse_commit(found, f"{files.url}/{path}").attempt == commit.attempt
 
-    won = create_or_read_back(files, path, commit.model_dump_json().encode(), is_ours)
+    won = create_or_read_back(files, path, serialize_commit(commit), is_ours)
     return Outcome.WON if won else Outcome.LOST
+
+
+def serialize_commit(commit: Commit) -> bytes:
+    """What is stored of a commit."""
+    return seal(commit.model_dump_json().encode())
 
 
 def parse_commit(data: bytes, where: str) -> Commit:
     """A commit from its bytes.
 
     Raises:
-        CorruptShardError: the bytes are no commit record.
+        CorruptShardError: the bytes are no commit record, or not as they were written.
         IncompatibleStoreError: a program with another format version wrote it.
     """
     try:
-        commit = Commit.model_validate_json(data)
+        commit = Commit.model_validate_json(unseal(data))
+    except BrokenSealError as error:
+        _check_version(_read_version(data, where), where)
+        raise CorruptShardError(f"{where}: expected a commit record, found {error}; {_VERIFY}") from None
     except ValidationError as error:
         _check_version(_read_version(data, where), where)
         first = error.errors()[0]["msg"]
@@ -180,7 +189,10 @@ def read_commits(files: StoreFiles, units: np.ndarray, plan_fingerprint: str) ->
     """
     for path, data in read_commit_files(files, units):
         where = f"{files.url}/{path}"
-        commit = parse_commit(data, where)
+        try:
+            commit = parse_commit(data, where)
+        except CorruptShardError:  # once more: bytes can be damaged on the way, too
+            commit = parse_commit(files.read(path), where)
         if commit.plan_fingerprint != plan_fingerprint:
             raise IncompatibleStoreError(
                 f"{where}: belongs to another plan\n"
@@ -230,7 +242,7 @@ def quarantine_unit(files: StoreFiles, entry: QuarantinedUnit) -> None:
     Raises:
         OutsideError: the storage failed; nothing is set aside as far as one can read.
     """
-    create_or_read_back(files, build_quarantine_path(entry.unit), entry.model_dump_json().encode())
+    create_or_read_back(files, build_quarantine_path(entry.unit), seal(entry.model_dump_json().encode()))
 
 
 def read_quarantine(files: StoreFiles) -> list[QuarantinedUnit]:
@@ -242,10 +254,10 @@ def read_quarantine(files: StoreFiles) -> list[QuarantinedUnit]:
     entries = []
     for path, data in files.read_existing([build_quarantine_path(unit) for unit in list_units(files, QUARANTINE)]):
         try:
-            entries.append(QuarantinedUnit.model_validate_json(data))
-        except ValidationError as error:
+            entries.append(QuarantinedUnit.model_validate_json(unseal(data)))
+        except (BrokenSealError, ValidationError) as error:
+            what = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
             raise CorruptShardError(
-                f"{files.url}/{path}: expected a quarantine record, found {error.errors()[0]['msg']}; delete it to try "
-                "the unit again"
+                f"{files.url}/{path}: expected a quarantine record, found {what}; delete it to try the unit again"
             ) from None
     return entries

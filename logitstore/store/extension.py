@@ -21,6 +21,7 @@ from logitstore.settings import Settings
 from logitstore.shard.layout import FORMAT_VERSION
 from logitstore.store.create_only import create_or_read_back
 from logitstore.store.files import StoreFiles
+from logitstore.store.sealed_json import seal, unseal
 
 
 class PlanExtension(Settings):
@@ -60,7 +61,7 @@ def create_extension(files: StoreFiles, number: int, extension: PlanExtension) -
     Raises:
         OutsideError: the storage failed.
     """
-    return create_or_read_back(files, build_extension_path(number), extension.model_dump_json(indent=1).encode())
+    return create_or_read_back(files, build_extension_path(number), seal(extension.model_dump_json(indent=1).encode()))
 
 
 def read_extensions(
@@ -102,7 +103,7 @@ def _parse(data: bytes, where: str) -> PlanExtension:
     try:
         version = json.loads(data)["format_version"]
         if version == FORMAT_VERSION:
-            return PlanExtension.model_validate_json(data)
+            return PlanExtension.model_validate_json(unseal(data))
     except (ValueError, KeyError, TypeError) as error:
         what = error.errors()[0]["msg"] if isinstance(error, ValidationError) else repr(error)
         raise IncompatibleStoreError(

@@ -21,6 +21,7 @@ from logitstore.shard.writer import ShardSettings
 from logitstore.store.create_only import check_create_only, create_or_read_back
 from logitstore.store.extension import PlanExtension, read_extensions
 from logitstore.store.files import StoreFiles
+from logitstore.store.sealed_json import seal, unseal
 from logitstore.teacher.protocol import Method, TeacherIdentity
 
 PLAN_PATH = "plan.json"
@@ -140,6 +141,8 @@ def _parse_plan(raw: bytes, url: str) -> StorePlan:
     try:
         values = json.loads(raw)
         version = values["format_version"]
+        if version == FORMAT_VERSION:
+            values = json.loads(unseal(raw))
     except (ValueError, KeyError, TypeError) as error:
         raise IncompatibleStoreError(f"{url}/{PLAN_PATH}: expected a store's plan, found {error!r}") from None
     if version != FORMAT_VERSION:
@@ -178,7 +181,7 @@ def create_plan(files: StoreFiles, plan: StorePlan) -> StorePlan:
     except StoreNotFoundError:
         if not plan.single_writer:
             check_create_only(files)
-        data = plan.model_dump_json(indent=1).encode()
+        data = seal(plan.model_dump_json(indent=1).encode())
         if create_or_read_back(files, PLAN_PATH, data):
             return _parse_plan(data, files.url)
         existing = read_plan(files)  # somebody was faster

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,10 +10,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from logitstore.errors import CorruptShardError, IncompatibleStoreError, LogitStoreError, StoreNotFoundError
-from logitstore.shard.invariants import find_violations
-from logitstore.shard.reader import decode_row_group, read_footer
-from logitstore.shard.summary import RowGroup, ShardSummary, compute_row_group_statistics
+from logitstore.errors import CorruptShardError, IncompatibleStoreError, StoreNotFoundError
+from logitstore.shard.summary import ShardSummary
 from logitstore.store.commit import (
     COMMITS,
     DATA,
@@ -29,6 +25,7 @@ from logitstore.store.commit import (
 from logitstore.store.files import StoreFiles
 from logitstore.store.manifest import Manifest, build_manifest, build_manifest_path, list_manifests, read_manifest
 from logitstore.store.plan import StorePlan, read_plan
+from logitstore.store.shard_check import find_shard_problems
 
 # Shards verified at once: each holds one shard in memory.
 PARALLEL_SHARDS = 2
@@ -158,8 +155,8 @@ class _UnitCheck:
             return Problem(path=where, what=what, what_to_do=mend, unit=unit)
 
         try:
-            commit = parse_commit(data, path)
-        except CorruptShardError as error:
+            commit = self._parse(path, data)
+        except (CorruptShardError, FileNotFoundError) as error:
             return None, [problem(path, str(error))]
         found = [problem(path, what) for what in _find_commit_problems(commit, self.fingerprint, unit, self.num_units)]
         if commit.file is None or commit.shard is None or found:
@@ -168,6 +165,13 @@ class _UnitCheck:
             problem(commit.file, what) for what in self._find_file_problems(commit, commit.file, commit.shard)
         ]
 
+    def _parse(self, path: str, data: bytes) -> Commit:
+        """A commit; read once more before it is called damaged, for bytes can be damaged on the way, too."""
+        try:
+            return parse_commit(data, path)
+        except CorruptShardError:
+            return parse_commit(self._files.read(path), path)
+
     def _find_file_problems(self, commit: Commit, file: str, shard: ShardSummary) -> Iterator[str]:
         stored = self._sizes.get(file.removeprefix(f"{DATA}/"))
         if stored is None:
@@ -175,7 +179,7 @@ class _UnitCheck:
         elif stored != shard.bytes:
             yield f"expected {shard.bytes} bytes, found {stored}"
         elif not self._quick:
-            yield from _find_shard_problems(self._files, self._plan, self.fingerprint, commit)
+            yield from find_shard_problems(self._files, self._plan, self.fingerprint, commit)
 
 
 def _map_ahead(
@@ -200,64 +204,6 @@ def _find_commit_problems(commit: Commit, fingerprint: str, unit: int, num_units
         yield f"expected units below {num_units}, found unit {unit}"
     if (imbalance := commit.find_imbalance()) is not None:
         yield f"documents do not add up: {imbalance}"
-
-
-def _find_shard_problems(files: StoreFiles, plan: StorePlan, fingerprint: str, commit: Commit) -> Iterator[str]:
-    """Everything wrong with the bytes of a committed shard, row group by row group."""
-    assert commit.file is not None
-    assert commit.shard is not None
-    data = files.read(commit.file)
-    shard = commit.shard
-    footer = data[shard.footer_offset :]
-    if hashlib.sha256(footer).hexdigest() != shard.footer_sha256:
-        yield "footer: the bytes are not the ones that were committed"
-        return
-    try:
-        metadata, header = read_footer(footer, commit.file)
-    except LogitStoreError as error:
-        yield f"footer: {error}"
-        return
-    if (header.plan_fingerprint, header.unit) != (fingerprint, commit.unit):
-        yield f"expected unit {commit.unit} of this plan, found unit {header.unit} of plan {header.plan_fingerprint}"
-    planned = plan.teacher.vocab_size, plan.shard.codec, plan.unknown_scalars
-    if (header.vocab_size, header.codec, header.unknown_scalars) != planned:
-        yield (
-            f"expected {plan.teacher.vocab_size} ids in codec {plan.shard.codec.kind}, found {header.vocab_size} in "
-            f"{header.codec.kind}; unknown scalars {planned[2]}, found {header.unknown_scalars}"
-        )
-    intact = True
-    starts = itertools.accumulate((row_group.records for row_group in shard.row_groups), initial=0)
-    for index, (start, row_group) in enumerate(zip(starts, shard.row_groups, strict=False)):
-        part = data[row_group.offset : row_group.offset + row_group.bytes]
-        if hashlib.sha256(part).hexdigest() != row_group.sha256:
-            yield f"row group {index}: the bytes are not the ones that were committed"
-            intact = False
-            continue
-        try:
-            batch = decode_row_group(
-                metadata, header, index, row_group.offset, part, with_documents=True, where=commit.file
-            )
-        except CorruptShardError as error:
-            yield str(error)
-            continue
-        for violation in find_violations(batch, header):
-            yield f"row group {index}, {violation}"
-        expected_indices = range(start, start + row_group.records)
-        if batch.indices.tolist() != list(expected_indices) or set(batch.units.tolist()) != {commit.unit}:
-            yield f"row group {index}: records are not numbered {expected_indices} of unit {commit.unit}"
-        yield from _compare_statistics(index, row_group, compute_row_group_statistics(batch))
-    if intact and hashlib.sha256(data).hexdigest() != shard.sha256:
-        yield "the file's bytes are not the ones that were committed (outside row groups and footer)"
-
-
-def _compare_statistics(index: int, committed: RowGroup, found: dict[str, object]) -> Iterator[str]:
-    for name, value in found.items():
-        expected = getattr(committed, name)
-        is_close = (
-            abs(value - expected) <= 1e-6 * (1 + abs(expected)) if isinstance(value, float) else value == expected
-        )
-        if not is_close:
-            yield f"row group {index}: {name}: the commit says {expected}, the bytes say {value}"
 
 
 def _read_manifests(files: StoreFiles) -> tuple[Manifest | None, list[Problem]]:

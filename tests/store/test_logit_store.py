@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_up import VOCAB_SIZE, build_records
+from made_up import VOCAB_SIZE, build_records, edit_sealed
 
 from logitstore.errors import (
     ConfigError,
@@ -125,7 +125,7 @@ def test_open_of_a_manifest_that_is_not_there_lists_those_that_are(build_store: 
 
 def test_open_of_a_newer_format_is_refused_with_both_versions(build_store: BuildStore) -> None:
     plan = Path(build_store().url) / "plan.json"
-    plan.write_text(plan.read_text().replace('"format_version": 1', '"format_version": 9'))
+    edit_sealed(plan, '"format_version": 1', '"format_version": 9')
     with pytest.raises(IncompatibleStoreError, match="in the store: 9\n  this program reads: 1"):
         LogitStore.open(str(plan.parent))
 

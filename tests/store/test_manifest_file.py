@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,11 +11,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from made_up import VOCAB_SIZE, build_plan, build_records, put_shard
+from made_up import VOCAB_SIZE, build_plan, build_records, edit_sealed, put_shard
 
 from logitstore.errors import CorruptShardError
 from logitstore.shard.summary import ENTROPY_BINS
-from logitstore.store.commit import COMMITS, Commit, build_commit_path, commit_unit, list_units
+from logitstore.store.commit import (
+    COMMITS,
+    build_commit_path,
+    commit_unit,
+    list_units,
+    read_commit,
+    serialize_commit,
+)
 from logitstore.store.files import StoreFiles
 from logitstore.store.manifest import (
     Manifest,
@@ -49,9 +55,7 @@ def snapshot(files: StoreFiles, previous: Manifest | None = None, **options: lis
 
 
 def edit_commit(files: StoreFiles, unit: int, old: str, new: str) -> None:
-    path = Path(files.url, build_commit_path(unit))
-    assert old in path.read_text()
-    path.write_text(path.read_text().replace(old, new, 1))
+    edit_sealed(Path(files.url, build_commit_path(unit)), old, new)
 
 
 @pytest.mark.parametrize("known", [[0], [1], [4], [0, 4], [1, 3], [0, 1, 3]])
@@ -161,10 +165,7 @@ def test_snapshot_takes_nothing_over_from_a_manifest_of_another_plan(files: Stor
 
 
 def test_commit_with_a_histogram_of_other_bins_is_damaged(files: StoreFiles) -> None:
-    path = Path(files.url, build_commit_path(1))
-    values = json.loads(path.read_text())
-    values["shard"]["row_groups"][0]["entropy_histogram"].append(0)
-    path.write_text(json.dumps(values))
+    edit_commit(files, 1, '"entropy_histogram":[', '"entropy_histogram":[0,')
     with pytest.raises(CorruptShardError, match=rf"0000001\.json: .*at most {ENTROPY_BINS} items"):
         snapshot(files)
 
@@ -209,10 +210,10 @@ def test_verification_reads_each_commit_once(files: StoreFiles, monkeypatch: pyt
 
 def test_commits_of_equal_contents_make_equal_rows_in_any_number(files: StoreFiles) -> None:
     """Hundreds of units pass through several batches of rows and of Parquet row groups."""
-    [commit] = [Commit.model_validate_json(Path(files.url, build_commit_path(0)).read_bytes())]
+    commit = read_commit(files, 0)
     for unit in range(5, 305):
         path = Path(files.url, build_commit_path(unit))
-        path.write_text(commit.model_copy(update={"unit": unit}).model_dump_json())
+        path.write_bytes(serialize_commit(commit.model_copy(update={"unit": unit})))
     table = snapshot(files).file.read().to_pylist()
     expected = [row for row in table if row["unit"] == 0]
     for unit in (5, 132, 133, 304):

@@ -24,6 +24,7 @@ from logitstore.store.garbage import find_garbage
 from logitstore.store.logit_store import LogitStore
 from logitstore.store.manifest import list_manifests, write_manifest
 from logitstore.store.plan import PLAN_PATH, StorePlan, create_plan, read_plan
+from logitstore.store.sealed_json import unseal
 from logitstore.store.verify import verify_store
 from logitstore.stream.iterator import RecordStream
 
@@ -131,7 +132,7 @@ def test_commits_of_new_units_carry_the_fingerprint_of_the_plan(tmp_path: Path) 
     grown = grow(files, 1)
     assert grown.compute_fingerprint() == before.compute_fingerprint()
     assert grown.extensions[0].first_unit == 2
-    assert json.loads(files.read(PLAN_PATH)) == json.loads(before.model_dump_json())
+    assert json.loads(unseal(files.read(PLAN_PATH))) == json.loads(before.model_dump_json())
 
 
 def test_units_of_extensions_refer_to_their_own_files(tmp_path: Path) -> None:

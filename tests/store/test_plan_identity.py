@@ -11,13 +11,14 @@ from made_up import build_plan
 from logitstore.errors import IncompatibleStoreError
 from logitstore.store.files import StoreFiles
 from logitstore.store.plan import PLAN_PATH, create_plan, read_plan
+from logitstore.store.sealed_json import seal
 
 
 def test_plan_without_a_setting_that_a_later_release_added_keeps_its_fingerprint_and_is_joined(tmp_path: Path) -> None:
     files = StoreFiles(str(tmp_path))
     values = json.loads(build_plan(2).model_dump_json())
     del values["shard"]["compression_level"]
-    files.create(PLAN_PATH, json.dumps(values).encode())
+    files.create(PLAN_PATH, seal(json.dumps(values).encode()))
     older = read_plan(files)
     assert older.compute_fingerprint() != build_plan(2).compute_fingerprint()
     joined = create_plan(files, build_plan(2))

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from made_up import VOCAB_SIZE, build_plan, build_records, put_shard
+from made_up import VOCAB_SIZE, build_plan, build_records, edit_sealed, put_shard
 
 from logitstore.errors import CorruptShardError, IncompatibleStoreError
 from logitstore.store.commit import (
@@ -154,9 +154,9 @@ def test_garbage_is_unknown_while_a_manifest_is_damaged_and_is_found_after_the_r
 
 def test_repair_of_a_store_with_a_newer_programs_commit_changes_nothing(files: StoreFiles) -> None:
     path = Path(files.url, build_commit_path(1))
-    newer = path.read_text().replace('"format_version":1', '"format_version":2,"new":0')
     found = verify_store(files)
-    path.write_text(newer)
+    edit_sealed(path, '"format_version":1', '"format_version":2,"new":0')
+    newer = path.read_text()
     with pytest.raises(IncompatibleStoreError, match="format version differs"):
         verify_store(files)
     with pytest.raises(IncompatibleStoreError, match="format version differs"):

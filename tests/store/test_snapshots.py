@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from made_up import VOCAB_SIZE, build_plan, build_records, put_shard
+from made_up import VOCAB_SIZE, build_plan, build_records, edit_sealed, put_shard
 
 import logitstore
 from logitstore.corpus.documents import CorpusFile
@@ -173,7 +173,7 @@ def test_manifest_with_other_columns_is_damaged(files: StoreFiles) -> None:
 
 def test_commit_of_a_newer_format_is_refused_and_never_taken_for_damage(files: StoreFiles) -> None:
     path = Path(files.url, build_commit_path(1))
-    path.write_text(path.read_text().replace('"format_version":1', '"format_version":2,"new":0'))
+    edit_sealed(path, '"format_version":1', '"format_version":2,"new":0')
     with pytest.raises(IncompatibleStoreError, match="in the commit: 2\n  this program reads: 1"):
         read_commit(files, 1)
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from made_up import VOCAB_SIZE, build_plan, build_records, put_shard
+from made_up import VOCAB_SIZE, build_plan, build_records, edit_sealed, put_shard
 
 from logitstore.store.commit import COMMITS, build_commit_path, commit_unit, list_units, read_commit
 from logitstore.store.files import StoreFiles
@@ -14,6 +14,7 @@ from logitstore.store.logit_store import LogitStore
 from logitstore.store.manifest import write_manifest
 from logitstore.store.plan import create_plan
 from logitstore.store.repair import repair_store
+from logitstore.store.sealed_json import seal, unseal
 from logitstore.store.verify import verify_store
 
 
@@ -97,11 +98,11 @@ def test_commit_whose_row_group_statistics_lie_is_found(tmp_path: Path, name: st
     files = StoreFiles(str(root))
     capture_all(files, tmp_path, "a")
     path = root / build_commit_path(2)
-    values = json.loads(path.read_text())
+    values = json.loads(unseal(path.read_bytes()))
     row_group = values["shard"]["row_groups"][0]
     committed = row_group[name]
     row_group[name] = [*committed[:-1], committed[-1] + 1] if isinstance(committed, list) else committed + 1
-    path.write_text(json.dumps(values))
+    path.write_bytes(seal(json.dumps(values).encode()))
     problems = verify_store(files).problems
     assert {problem.unit for problem in problems} == {2}
     assert any(f"row group 0: {name}: the commit says" in problem.what for problem in problems)
@@ -112,8 +113,6 @@ def test_commit_whose_documents_do_not_add_up_is_found(tmp_path: Path) -> None:
     files = StoreFiles(str(root))
     capture_all(files, tmp_path, "a")
     path = root / build_commit_path(2)
-    path.write_text(
-        path.read_text().replace('"documents":4,"recorded_documents":4', '"documents":5,"recorded_documents":4')
-    )
+    edit_sealed(path, '"documents":4,"recorded_documents":4', '"documents":5,"recorded_documents":4')
     [problem] = verify_store(files).problems
     assert "5 documents, but 4 recorded and 0 dead letters" in problem.what

@@ -112,6 +112,7 @@ def _build_units(units: range, row_groups: int, plan_fingerprint: str) -> Iterat
     """Path of the commit, bytes and path of the shard, and bytes of the commit, of each unit."""
     from logitstore.shard.summary import ShardSummary
     from logitstore.store.commit import Commit, build_commit_path, build_data_path
+    from logitstore.store.sealed_json import seal
 
     generator = np.random.default_rng(units.start)
     groups = _build_row_groups(generator, len(units) * row_groups)
@@ -142,7 +143,7 @@ def _build_units(units: range, row_groups: int, plan_fingerprint: str) -> Iterat
             engine="simulated 0",
             seconds=100.0,
         )
-        data = commit.model_dump_json(warnings=False).encode()
+        data = seal(commit.model_dump_json(warnings=False).encode())
         yield build_commit_path(unit), shard.bytes, build_data_path(unit, attempt), data
 
 
