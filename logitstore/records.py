@@ -173,6 +173,26 @@ class RecordBatch:
     def __iter__(self) -> Iterator[Record]:
         return (self.record(i) for i in range(len(self)))
 
+    def slice(self, start: int, stop: int) -> RecordBatch:
+        """Records [start, stop) as a batch of their own: views of this one's columns."""
+        positions = slice(int(self.position_offsets[start]), int(self.position_offsets[stop]))
+        entries = slice(int(self.support_offsets[start]), int(self.support_offsets[stop]))
+        return RecordBatch(
+            units=self.units[start:stop],
+            indices=self.indices[start:stop],
+            position_offsets=self.position_offsets[start : stop + 1] - positions.start,
+            support_offsets=self.support_offsets[start : stop + 1] - entries.start,
+            token_ids=self.token_ids[positions.start + start : positions.stop + stop],
+            loss_mask=self.loss_mask[positions],
+            support_counts=self.support_counts[positions],
+            support_ids=self.support_ids[entries],
+            support_logprobs=self.support_logprobs[entries],
+            tail_logprob=self.tail_logprob[positions],
+            entropy=self.entropy[positions],
+            next_token_logprob=self.next_token_logprob[positions],
+            documents=None if self.documents is None else self.documents[start:stop],
+        )
+
     @classmethod
     def from_records(cls, records: Sequence[Record]) -> RecordBatch:
         """Join records, in order; the columns are copied.

@@ -25,6 +25,7 @@ _BREAK_ROOT = 1 - _BREAK_LEVEL / _ROOT_LEVELS
 _BREAK_LOGPROB = 2 * np.log(_BREAK_ROOT)
 _TAIL_LEVELS_PER_NAT = 4.0
 SIGNIFICANT_BITS = 9
+_LOWEST_LOGPROB = -1e6
 MAX_STEP = 2**16 - 1
 # The tables of levels are at least this long: down to 330 nats, which few positions exceed.
 _TABLE_LEVELS = 2048
@@ -45,11 +46,12 @@ def round_scalars(values: np.ndarray) -> np.ndarray:
 
 
 def compute_levels(logprobs: np.ndarray) -> np.ndarray:
-    """[N] int64, the nearest level of each logprob; what is not finite is level 0."""
-    logprobs = np.where(np.isfinite(logprobs), logprobs, 0.0).astype(np.float32, copy=False)
-    root = _ROOT_LEVELS * -np.expm1(0.5 * np.minimum(logprobs, 0.0))
-    tail = _BREAK_LEVEL + _TAIL_LEVELS_PER_NAT * (np.float32(_BREAK_LOGPROB) - logprobs)
-    levels: np.ndarray = np.rint(np.where(logprobs >= _BREAK_LOGPROB, root, tail)).astype(np.int64)
+    """[N] int32, the nearest level of each logprob; of one outside of [-1e6, 0] that of the nearer end."""
+    with np.errstate(invalid="ignore"):
+        clipped = np.clip(logprobs, np.float32(_LOWEST_LOGPROB), np.float32(0.0))
+        root = _ROOT_LEVELS - np.float32(_ROOT_LEVELS) * np.exp(np.float32(0.5) * clipped)
+        tail = np.float32(_BREAK_LEVEL) + np.float32(_TAIL_LEVELS_PER_NAT) * (np.float32(_BREAK_LOGPROB) - clipped)
+        levels: np.ndarray = np.rint(np.where(clipped >= _BREAK_LOGPROB, root, tail)).astype(np.int32)
     return levels
 
 
@@ -73,7 +75,8 @@ def encode_supports(ids: np.ndarray, logprobs: np.ndarray, counts: np.ndarray) -
         long, or negative because logprobs rise, is cut off: the decoded value then misses the codec's bound.
     """
     levels = compute_levels(logprobs)
-    steps = np.diff(levels, prepend=0)
+    steps = np.empty_like(levels)
+    np.subtract(levels[1:], levels[:-1], out=steps[1:])
     starts = _find_starts(counts)
     steps[starts] = levels[starts]
     begins = steps != 0
@@ -165,10 +168,10 @@ def sum_positions(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def _sum_steps(steps: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """[N] int64, the level of every entry."""
+    """[N] integers, the level of every entry."""
     uniform = _find_uniform_count(counts)
     if uniform:
-        return np.cumsum(steps.reshape(-1, uniform), axis=1, dtype=np.int64).ravel()
+        return np.cumsum(steps.reshape(-1, uniform), axis=1, dtype=np.int32).ravel()
     sums = np.cumsum(steps, dtype=np.int64)
     starts = _find_starts(counts)
     levels: np.ndarray = sums - np.repeat(sums[starts] - steps[starts], counts[counts > 0])

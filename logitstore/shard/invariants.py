@@ -53,13 +53,14 @@ def find_violations(batch: RecordBatch, header: ShardHeader) -> Iterator[Violati
         yield shape
         return
     failures = [(_mark_tokens(batch, header.vocab_size), f"token id outside [0, {header.vocab_size})")]
-    failures.extend(_check_support(batch, header.vocab_size))
+    position = np.repeat(np.arange(batch.num_positions), batch.support_counts)
+    failures.extend(_check_support(batch, header.vocab_size, position))
     failures.extend(_check_scalars(batch, header))
     found_bad = any(bad.any() for bad, _ in failures)
     if not found_bad:  # sums over ids that are out of range or repeated would only repeat the complaint
         bound = header.codec.bound_support(batch)
         failures.extend(_check_masses(batch, header, bound))
-        failures.extend(_check_next_token(batch, header, bound))
+        failures.extend(_check_next_token(batch, header, bound, position))
     for bad, what in failures:
         if bad.any():
             yield _locate(batch, bad, what)
@@ -115,34 +116,41 @@ def _mark_tokens(batch: RecordBatch, vocab_size: int) -> np.ndarray:
     return bad
 
 
-def _position_of_entry(batch: RecordBatch) -> np.ndarray:
-    return np.repeat(np.arange(batch.num_positions), batch.support_counts)
-
-
 def _sum_by_position(batch: RecordBatch, values: np.ndarray) -> np.ndarray:
     sums = np.zeros(batch.num_positions)
     sums[batch.support_counts > 0] = sum_positions(values, batch.support_counts)
     return sums
 
 
-def _check_support(batch: RecordBatch, vocab_size: int) -> Iterator[tuple[np.ndarray, str]]:
-    position = _position_of_entry(batch)
+def _check_support(batch: RecordBatch, vocab_size: int, position: np.ndarray) -> Iterator[tuple[np.ndarray, str]]:
+    """`position`: [N] int64, of every entry."""
     ids, logprobs = batch.support_ids, batch.support_logprobs
 
     def mark(bad_entries: np.ndarray) -> np.ndarray:
         bad = np.zeros(batch.num_positions, dtype=bool)
-        bad[position[bad_entries]] = True
+        if bad_entries.any():
+            bad[position[bad_entries]] = True
         return bad
 
     yield mark((ids < 0) | (ids >= vocab_size)), f"support id outside [0, {vocab_size})"
-    keys = np.sort(position << 32 | ids.astype(np.uint32))
-    repeated = np.zeros(batch.num_positions, dtype=bool)
-    repeated[keys[1:][keys[1:] == keys[:-1]] >> 32] = True
-    yield repeated, "a support id is repeated"
+    yield _mark_repeated_ids(batch, position), "a support id is repeated"
     yield mark(~np.isfinite(logprobs) | (logprobs > LOGPROB_TOLERANCE)), "a support logprob is not finite or above 0"
     rising = np.zeros(len(ids), dtype=bool)
     rising[1:] = (logprobs[1:] > logprobs[:-1]) & (position[1:] == position[:-1])
     yield mark(rising), "support logprobs are not ordered from the likeliest down"
+
+
+def _mark_repeated_ids(batch: RecordBatch, position: np.ndarray) -> np.ndarray:
+    """[P] bool."""
+    counts, ids = batch.support_counts, batch.support_ids
+    if len(ids) and (counts == counts[0]).all():
+        ordered = np.sort(ids.reshape(len(counts), -1), axis=1)
+        marked: np.ndarray = (ordered[:, 1:] == ordered[:, :-1]).any(axis=1)
+        return marked
+    keys = np.sort(position << 32 | ids.astype(np.uint32))
+    repeated = np.zeros(batch.num_positions, dtype=bool)
+    repeated[keys[1:][keys[1:] == keys[:-1]] >> 32] = True
+    return repeated
 
 
 def _check_scalars(batch: RecordBatch, header: ShardHeader) -> Iterator[tuple[np.ndarray, str]]:
@@ -173,8 +181,9 @@ def _check_masses(batch: RecordBatch, header: ShardHeader, bound: np.ndarray) ->
     yield outside, "entropy is not one that support and tail allow"
 
 
-def _check_next_token(batch: RecordBatch, header: ShardHeader, bound: np.ndarray) -> Iterator[tuple[np.ndarray, str]]:
-    position = _position_of_entry(batch)
+def _check_next_token(
+    batch: RecordBatch, header: ShardHeader, bound: np.ndarray, position: np.ndarray
+) -> Iterator[tuple[np.ndarray, str]]:
     next_ids, found = compute_next_ids(batch), batch.next_token_logprob.astype(np.float64)
     hit = batch.support_ids == next_ids[position]
     expected = np.full(batch.num_positions, np.nan)

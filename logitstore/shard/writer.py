@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,10 +15,13 @@ import pyarrow.parquet as pq
 from logitstore.errors import InvalidSignalError
 from logitstore.records import Record, RecordBatch
 from logitstore.settings import Settings
-from logitstore.shard.codec import Codec, CompactCodec, encode_batch
+from logitstore.shard.codec import SCALARS, Codec, CompactCodec, encode_batch
 from logitstore.shard.invariants import check_batch
 from logitstore.shard.layout import SPLIT_COLUMNS, ShardHeader, build_schema, build_table
 from logitstore.shard.summary import RowGroup, ShardSummary, compute_row_group_statistics
+
+# Encoding passes over its columns some thirty times: so many entries of them stay in a core's cache.
+_ENTRIES_AT_A_TIME = 1 << 15
 
 
 class ShardSettings(Settings):
@@ -26,8 +31,8 @@ class ShardSettings(Settings):
     """How values are rounded; `compact` unless values have to be exact."""
     row_group_bytes: int = 8 << 20
     """Target size of a row group before compression; a record is never split."""
-    compression_level: int = 9
-    """zstd level; 3 costs 2% more bytes, 19 saves 5% at ten times the time."""
+    compression_level: int = 7
+    """zstd level; 3 takes half the time and 2% more bytes, 9 a quarter more time and 0.3% fewer."""
 
 
 def write_shard(path: Path, records: Iterable[Record], header: ShardHeader, settings: ShardSettings) -> ShardSummary:
@@ -49,14 +54,36 @@ def write_shard(path: Path, records: Iterable[Record], header: ShardHeader, sett
     with pq.ParquetWriter(path, schema, **_writer_options(schema, settings)) as writer:
         for batch in _group_records(records, settings.row_group_bytes):
             where = f"unit {header.unit}, row group {len(statistics)}"
-            encoded, values = encode_batch(header.codec, batch, where=where)
-            check_batch(encoded, header, where=where)
+            encoded, values = _encode_and_check(batch, header, where)
             table = build_table(encoded, values, schema)
             writer.write_table(table, row_group_size=max(1, table.num_rows))
             statistics.append(compute_row_group_statistics(encoded))
     if not statistics:
         raise InvalidSignalError(f"unit {header.unit}: expected at least one record, found none; commit it as empty")
     return _summarize(path, statistics)
+
+
+def _encode_and_check(batch: RecordBatch, header: ShardHeader, where: str) -> tuple[RecordBatch, np.ndarray]:
+    """What is stored of a row group, as it will be read back, and its value column."""
+    parts = []
+    for start, stop in _cut(batch.support_offsets):
+        encoded, values = encode_batch(header.codec, batch.slice(start, stop), where=where)
+        check_batch(encoded, header, where=where)
+        parts.append((encoded, values))
+    columns: dict[str, Any] = {
+        name: np.concatenate([getattr(encoded, name) for encoded, _ in parts])
+        for name in ("support_ids", "support_logprobs", *SCALARS)
+    }
+    return replace(batch, **columns), np.concatenate([values for _, values in parts])
+
+
+def _cut(support_offsets: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Runs of records with about `_ENTRIES_AT_A_TIME` support entries."""
+    num_records, start = len(support_offsets) - 1, 0
+    while start < num_records:
+        stop = int(np.searchsorted(support_offsets, support_offsets[start] + _ENTRIES_AT_A_TIME))
+        yield start, min(max(stop, start + 1), num_records)
+        start = min(max(stop, start + 1), num_records)
 
 
 def _writer_options(schema: pa.Schema, settings: ShardSettings) -> dict[str, object]:
