@@ -81,5 +81,5 @@ def test_explored_encodings_are_printed_with_their_bounds(
     print_encodings(cut_supports(records, 32))
     rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     sizes = {row[0].strip(): float(row[1]) for row in rows if row[1].strip()[0].isdigit()}
-    assert len(sizes) == 14
+    assert len(sizes) == 15
     assert sizes["float32"] > sizes["float16 in a float32 column"] > sizes["steps of 1/32 nat"]
