@@ -96,10 +96,11 @@ def render_evaluation(evaluation: Evaluation, title: str) -> Table:
     """A table of an evaluation's figures."""
     from tools.look import build_table, format_count, format_share
 
+    loss = evaluation.teacher_lm_loss
     rows = [
         ("loss on the text", f"{evaluation.lm_loss:.4f}", "nats per token"),
         ("perplexity", f"{evaluation.perplexity:,.2f}", ""),
-        ("the teacher's loss", f"{evaluation.teacher_lm_loss:.4f}", "nats per token, on the same text"),
+        ("the teacher's loss", "unknown" if loss is None else f"{loss:.4f}", "nats per token, on the same text"),
         ("KL(teacher, student)", f"{evaluation.bucket_kl:.4f}", "nats, outside of the support as one bucket"),
         ("overlap", f"{evaluation.overlap:.4f}", "Σ min(teacher, student), 1 is best"),
         ("top-1 agreement", format_share(evaluation.top1_agreement), "same likeliest token"),

@@ -94,26 +94,4 @@ def collate(batch: RecordBatch) -> TrainBatch:
 def split_batch(batch: RecordBatch, sequences: int) -> Iterator[RecordBatch]:
     """Yield the records of a batch in order, `sequences` at a time, as views; the last part may hold fewer."""
     for start in range(0, len(batch), sequences):
-        yield _slice_batch(batch, start, min(start + sequences, len(batch)))
-
-
-def _slice_batch(batch: RecordBatch, start: int, stop: int) -> RecordBatch:
-    position_offsets = batch.position_offsets[start : stop + 1]
-    support_offsets = batch.support_offsets[start : stop + 1]
-    positions = slice(int(position_offsets[0]), int(position_offsets[-1]))
-    entries = slice(int(support_offsets[0]), int(support_offsets[-1]))
-    return RecordBatch(
-        units=batch.units[start:stop],
-        indices=batch.indices[start:stop],
-        position_offsets=position_offsets - position_offsets[0],
-        support_offsets=support_offsets - support_offsets[0],
-        token_ids=batch.token_ids[positions.start + start : positions.stop + stop],
-        loss_mask=batch.loss_mask[positions],
-        support_counts=batch.support_counts[positions],
-        support_ids=batch.support_ids[entries],
-        support_logprobs=batch.support_logprobs[entries],
-        tail_logprob=batch.tail_logprob[positions],
-        entropy=batch.entropy[positions],
-        next_token_logprob=batch.next_token_logprob[positions],
-        documents=None if batch.documents is None else batch.documents[start:stop],
-    )
+        yield batch.slice(start, min(start + sequences, len(batch)))

@@ -22,7 +22,16 @@ from trainer.loss.divergences import bucket_forward_kl, bucket_overlap, cross_en
 from trainer.student import build_student, check_student_fits
 
 CALIBRATION_BINS = 15
-_SUMS = ("positions", "lm_loss", "bucket_kl", "overlap", "top1_agreement", "teacher_positions", "teacher_lm_loss")
+_SUMS = (
+    "positions",
+    "lm_loss",
+    "bucket_kl",
+    "overlap",
+    "top1_agreement",
+    "teacher_positions",
+    "teacher_lm_loss",
+    "unknown",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +42,8 @@ class Evaluation:
         positions: how many.
         lm_loss: nats per token of the text.
         perplexity: exp(lm_loss).
-        teacher_lm_loss: the teacher's own, over the positions whose next token it holds possible.
+        teacher_lm_loss: the teacher's own, over the positions whose next token it holds possible; None in a store that does not
+            know it everywhere.
         bucket_kl: KL(teacher || student) in nats with everything outside the support as one bucket: a lower bound of
             the KL over the whole vocabulary.
         overlap: sum of min(p, q) over support and tail bucket: an upper bound of the sum over the whole vocabulary.
@@ -48,7 +58,7 @@ class Evaluation:
     positions: int
     lm_loss: float
     perplexity: float
-    teacher_lm_loss: float
+    teacher_lm_loss: float | None
     bucket_kl: float
     overlap: float
     top1_agreement: float
@@ -58,8 +68,8 @@ class Evaluation:
     bin_accuracy: tuple[float, ...]
 
     def list_scalars(self) -> dict[str, float]:
-        """The figures without the bins."""
-        return {name: value for name, value in asdict(self).items() if not isinstance(value, tuple)}
+        """The figures that are known, without the bins."""
+        return {name: value for name, value in asdict(self).items() if isinstance(value, int | float)}
 
 
 def evaluate_student(settings: EvaluateSettings) -> Evaluation:
@@ -149,6 +159,7 @@ def compute_evaluation_sums(student_logits: torch.Tensor, batch: TrainBatch) -> 
         "top1_agreement": best_id == batch.support_ids[..., 0],  # slots are ordered, the likeliest first
         "teacher_positions": is_possible,
         "teacher_lm_loss": torch.where(is_possible, -batch.next_token_logprob, 0.0),
+        "unknown": batch.next_token_logprob.isnan(),
     }
     sums = [per_position[name][taught].double().sum() for name in _SUMS]
     # Bin i holds probabilities in (i / bins, (i + 1) / bins].
@@ -176,7 +187,9 @@ def build_evaluation(sums: np.ndarray) -> Evaluation:
         positions=positions,
         lm_loss=lm_loss,
         perplexity=math.exp(min(lm_loss, 700.0)),
-        teacher_lm_loss=totals["teacher_lm_loss"] / max(1.0, totals["teacher_positions"]),
+        teacher_lm_loss=None
+        if totals["unknown"]
+        else totals["teacher_lm_loss"] / max(1.0, totals["teacher_positions"]),
         bucket_kl=totals["bucket_kl"] / positions,
         overlap=totals["overlap"] / positions,
         top1_agreement=totals["top1_agreement"] / positions,
