@@ -30,7 +30,7 @@ _SUMS = (
     "top1_agreement",
     "teacher_positions",
     "teacher_lm_loss",
-    "unknown",
+    "teacher_unknown",
 )
 
 
@@ -42,7 +42,7 @@ class Evaluation:
         positions: how many.
         lm_loss: nats per token of the text.
         perplexity: exp(lm_loss).
-        teacher_lm_loss: the teacher's own, over the positions whose next token it holds possible; None in a store that does not
+        teacher_lm_loss: the teacher's own, over the positions whose next token it holds possible; None where the store does not
             know it everywhere.
         bucket_kl: KL(teacher || student) in nats with everything outside the support as one bucket: a lower bound of
             the KL over the whole vocabulary.
@@ -159,7 +159,7 @@ def compute_evaluation_sums(student_logits: torch.Tensor, batch: TrainBatch) -> 
         "top1_agreement": best_id == batch.support_ids[..., 0],  # slots are ordered, the likeliest first
         "teacher_positions": is_possible,
         "teacher_lm_loss": torch.where(is_possible, -batch.next_token_logprob, 0.0),
-        "unknown": batch.next_token_logprob.isnan(),
+        "teacher_unknown": batch.next_token_logprob.isnan(),
     }
     sums = [per_position[name][taught].double().sum() for name in _SUMS]
     # Bin i holds probabilities in (i / bins, (i + 1) / bins].
@@ -183,13 +183,12 @@ def build_evaluation(sums: np.ndarray) -> Evaluation:
     counts, confidence, hits = sums[len(_SUMS) :].reshape(3, CALIBRATION_BINS)
     filled = np.maximum(counts, 1)
     lm_loss = totals["lm_loss"] / positions
+    teacher_loss = totals["teacher_lm_loss"] / max(1.0, totals["teacher_positions"])
     return Evaluation(
         positions=positions,
         lm_loss=lm_loss,
         perplexity=math.exp(min(lm_loss, 700.0)),
-        teacher_lm_loss=None
-        if totals["unknown"]
-        else totals["teacher_lm_loss"] / max(1.0, totals["teacher_positions"]),
+        teacher_lm_loss=None if totals["teacher_unknown"] else teacher_loss,
         bucket_kl=totals["bucket_kl"] / positions,
         overlap=totals["overlap"] / positions,
         top1_agreement=totals["top1_agreement"] / positions,

@@ -77,6 +77,15 @@ def test_evaluation_leaves_impossible_tokens_out_of_the_teachers_loss() -> None:
     assert found.teacher_lm_loss == pytest.approx(math.log(2), abs=1e-6)
 
 
+def test_evaluation_on_a_store_that_does_not_know_the_teachers_loss_says_so() -> None:
+    batch = build_batch([[0, 0, 0], [0, 0, 0]], next_ids=[0, 0], taught=[True, True])
+    batch.next_token_logprob[0, 1] = math.nan
+    found = build_evaluation(compute_evaluation_sums(torch.zeros(1, 2, 3), batch).numpy())
+    assert found.teacher_lm_loss is None
+    assert "teacher_lm_loss" not in found.list_scalars()
+    assert found.lm_loss == pytest.approx(math.log(3))
+
+
 def test_evaluation_without_taught_positions_is_refused() -> None:
     sums = compute_evaluation_sums(torch.zeros(1, 1, 3), build_batch([[0, 0, 0]], [0], [False]))
     with pytest.raises(ConfigError, match="taught positions, found none"):
