@@ -42,8 +42,8 @@ class Evaluation:
         positions: how many.
         lm_loss: nats per token of the text.
         perplexity: exp(lm_loss).
-        teacher_lm_loss: the teacher's own, over the positions whose next token it holds possible; None where the store does not
-            know it everywhere.
+        teacher_lm_loss: the teacher's own, over the positions whose next token it holds possible; None where the store
+            does not know it everywhere.
         bucket_kl: KL(teacher || student) in nats with everything outside the support as one bucket: a lower bound of
             the KL over the whole vocabulary.
         overlap: sum of min(p, q) over support and tail bucket: an upper bound of the sum over the whole vocabulary.
