@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from logitstore.errors import ConfigError
 from logitstore.settings import Settings
 from logitstore.stream.selection import HeldOut
+from trainer.loss.settings import LossSettings
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Precision = Literal["float32", "bfloat16"]
@@ -39,33 +40,6 @@ class StudentSettings(Settings):
         if self.config is not None and "model_type" not in self.config:
             raise ValueError("config: expected a model_type, such as llama")
         return self
-
-
-class LossSettings(Settings):
-    """`weight` * distillation + (1 - `weight`) * cross-entropy.
-
-    Attributes:
-        kind: `bucket_kl` distils; `cross_entropy` trains on the text alone, whatever `weight` says, so that the
-            baseline of a run differs from it in this one key.
-        weight: of the distillation term. 0.7 to 0.9 is where top-k stores are taught best.
-        weight_schedule: `wsd` moves the weight like a `wsd` learning rate: up from 0, stable, down again.
-        temperature: 1 only, see the error.
-    """
-
-    kind: Literal["bucket_kl", "cross_entropy"] = "bucket_kl"
-    weight: Fraction = 0.8
-    weight_schedule: Literal["constant", "wsd"] = "constant"
-    temperature: float = 1.0
-
-    @field_validator("temperature")
-    @classmethod
-    def _check_temperature(cls, temperature: float) -> float:
-        if temperature != 1.0:
-            raise ValueError(
-                "expected 1: a store keeps logprobs that are normalized at temperature 1, and without the normalizer "
-                "of another temperature the mass outside the support is unknown there"
-            )
-        return temperature
 
 
 class OptimizerSettings(Settings):

@@ -6,7 +6,8 @@ import math
 
 import torch
 
-from trainer.config import LossSettings, OptimizerSettings, ScheduleSettings
+from trainer.config import OptimizerSettings, ScheduleSettings
+from trainer.loss.settings import LossSettings
 
 WARMUP_FRACTION = 0.02  # where no number of warm-up steps is given
 
@@ -58,7 +59,7 @@ def compute_learning_rate_scale(step: int, steps: int, settings: ScheduleSetting
 def compute_distillation_weight(step: int, steps: int, loss: LossSettings, schedule: ScheduleSettings) -> float:
     """The weight of the distillation term at a 0-based step, in [0, 1].
 
-    `wsd` warms up and decays together with a `wsd` learning rate of the same settings, down to 0.
+    `wsd` and `cosine` move like a learning rate of that kind with the same warm-up and decay settings, down to 0.
 
     Source: Peng et al. 2024, arXiv:2410.16215.
     """
@@ -66,7 +67,7 @@ def compute_distillation_weight(step: int, steps: int, loss: LossSettings, sched
         return 0.0
     if loss.weight_schedule == "constant":
         return loss.weight
-    shape = schedule.model_copy(update={"kind": "wsd", "final_fraction": 0.0})
+    shape = schedule.model_copy(update={"kind": loss.weight_schedule, "final_fraction": 0.0})
     return loss.weight * compute_learning_rate_scale(step, steps, shape)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trainer.config import LossSettings, OptimizerSettings, ScheduleSettings
+from trainer.config import OptimizerSettings, ScheduleSettings
+from trainer.loss.settings import LossSettings
 from trainer.optimizer import (
     build_optimizer,
     compute_distillation_weight,
