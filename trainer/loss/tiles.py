@@ -1,0 +1,202 @@
+"""The tensors of one tile of positions: its logits, written over by their gradient, and the sums over tiles."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import torch
+
+from trainer.loss.gradient_form import GradientForm
+from trainer.loss.head import LinearHead
+from trainer.loss.parts import SignalTensors, StudentParts
+
+# Rows of a narrow weight's gradient that are multiplied at once: their product is rounded, then added in float32.
+_BLOCK_BYTES = 16 * 2**20
+
+
+def compute_row_ranges(num_rows: int, row_bytes: int, tile_bytes: int) -> list[range]:
+    """Ranges of rows as even as can be, each of at most `tile_bytes`, or of one row."""
+    num_tiles = math.ceil(num_rows / max(1, tile_bytes // row_bytes))
+    bounds = [num_rows * index // num_tiles for index in range(num_tiles + 1)] if num_tiles else []
+    return [range(start, stop) for start, stop in pairwise(bounds)]
+
+
+class HeadFactor:
+    """Features times weight, one term of the logits, and the gradients of both, summed over tiles."""
+
+    def __init__(
+        self,
+        features: torch.Tensor,
+        weight: torch.Tensor,
+        *,
+        num_columns: int,
+        wanted: tuple[bool, bool],
+        autocast: torch.dtype | None,
+    ) -> None:
+        """Prepare N positions.
+
+        Args:
+            features: [N, D] float.
+            weight: [V', D] float.
+            num_columns: V, the rows of the weight that are used; the gradient of the others is 0.
+            wanted: whether the gradient of the features, and of the weight, is.
+            autocast: dtype of the products where it is not the weight's.
+        """
+        self.dtype = weight.dtype if autocast is None or weight.dtype == torch.float64 else autocast
+        self.wide_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self._features, self._weight = features.to(self.dtype), weight[:num_columns].to(self.dtype)
+        self._features_dtype, self._weight_dtype = features.dtype, weight.dtype
+        self._features_gradient = torch.empty_like(self._features) if wanted[0] else None
+        # Zeros are for the padding, and for a batch without positions.
+        self._weight_gradient = weight.new_zeros(weight.shape, dtype=self.wide_dtype) if wanted[1] else None
+
+    def add_product(self, rows: slice, total: torch.Tensor, narrow: torch.Tensor | None, *, is_first: bool) -> None:
+        """Add the product at some positions to `total`, [R, V] of the wide dtype, or begin it.
+
+        Args:
+            rows: the positions.
+            total: what to add to.
+            narrow: memory for [R, V] in this dtype, where it is not the one of `total`.
+            is_first: whether what `total` holds is to be forgotten.
+        """
+        if narrow is not None:
+            torch.mm(self._features[rows], self._weight.t(), out=narrow)
+            total.copy_(narrow) if is_first else total.add_(narrow)
+        elif is_first:
+            torch.mm(self._features[rows], self._weight.t(), out=total)
+        else:
+            total.addmm_(self._features[rows], self._weight.t())
+
+    def add_gradient(self, rows: slice, gradient: torch.Tensor) -> None:
+        """Take in the gradient of the logits at some positions, [R, V] in this dtype."""
+        if self._features_gradient is not None:
+            torch.mm(gradient, self._weight, out=self._features_gradient[rows])
+        if self._weight_gradient is None:
+            return
+        if self.dtype == self.wide_dtype:
+            self._weight_gradient[: gradient.shape[1]].addmm_(gradient.t(), self._features[rows])
+            return
+        block = max(1, _BLOCK_BYTES // (self._features.shape[1] * gradient.element_size()))
+        for start in range(0, gradient.shape[1], block):
+            columns = slice(start, min(start + block, gradient.shape[1]))
+            self._weight_gradient[columns].add_(gradient[:, columns].t() @ self._features[rows])
+
+    def finish(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The gradients of features and weight, each in the dtype of its tensor."""
+        of_features, of_weight = self._features_gradient, self._weight_gradient
+        return (
+            None if of_features is None else of_features.to(self._features_dtype),
+            None if of_weight is None else narrow_in_place(of_weight, self._weight_dtype),
+        )
+
+
+class LogitsTile:
+    """The logits of one tile of positions after another, in memory that all tiles share."""
+
+    def __init__(
+        self, head: LinearHead, bias: torch.Tensor | None, factors: list[HeadFactor], *, rows: int, wants_bias: bool
+    ) -> None:
+        """Take memory for tiles of up to `rows` positions.
+
+        Args:
+            head: for scale, soft cap and number of columns.
+            bias: [V'] float or None.
+            factors: whose products the logits are the sum of.
+            rows: most positions of a tile.
+            wants_bias: whether the gradient of the bias is wanted.
+        """
+        self._head, self._factors = head, factors
+        self._wide_dtype = torch.float64 if factors[0].dtype == torch.float64 else torch.float32
+        V, device = head.num_columns, head.weight.device
+        self._bias = bias
+        self._bias_gradient = head.weight.new_zeros(len(head.weight), dtype=self._wide_dtype) if wants_bias else None
+        self._wide = torch.empty(rows, V, dtype=self._wide_dtype, device=device)
+        self._narrow = {
+            factor.dtype: torch.empty(rows, V, dtype=factor.dtype, device=device)
+            for factor in factors
+            if factor.dtype != self._wide_dtype
+        }
+        self._tanh = None if head.soft_cap is None else torch.empty_like(self._wide)
+        self._total = torch.empty(0)
+
+    def compute_parts(
+        self, rows: slice, support_ids: torch.Tensor, signal: SignalTensors, next_ids: torch.Tensor
+    ) -> StudentParts:
+        """What the losses see of the student at some positions.
+
+        What stays here is exp(logit - largest) of everything outside the support, 0 in it: its sum is the tail's
+        mass, exact however small it is.
+        """
+        logits = self._compute_logits(rows)
+        maximum = logits.amax(-1, keepdim=True)
+        slot_logits, next_logits = logits.gather(-1, support_ids), logits.gather(-1, next_ids.unsqueeze(-1))
+        weights = logits.sub_(maximum).exp_()
+        is_filled = signal.support_logprobs > -math.inf
+        support_weight = torch.where(is_filled, (slot_logits - maximum).exp(), 0.0).sum(-1)
+        # Multiplying by 0 or 1 empties the support and leaves the id alone that stands in empty slots.
+        weights.scatter_reduce_(-1, support_ids, (~is_filled).to(weights.dtype), "prod")
+        tail_weight = weights.sum(-1)
+        self._total = tail_weight + support_weight
+        logsumexp = maximum + self._total.log().unsqueeze(-1)
+        return StudentParts(
+            slot_logprobs=slot_logits - logsumexp,
+            tail_logprob=(tail_weight / self._total).log(),
+            next_logprob=(next_logits - logsumexp).squeeze(-1),
+        )
+
+    def backpropagate(self, rows: slice, form: GradientForm, support_ids: torch.Tensor, next_ids: torch.Tensor) -> None:
+        """Write the gradient of a loss over what `compute_parts` left, and hand it to bias and factors."""
+        gradient = self._wide[: rows.stop - rows.start]
+        gradient.mul_((form.A / self._total).unsqueeze(-1))
+        gradient.scatter_add_(-1, support_ids, form.on_support)
+        gradient.scatter_add_(-1, next_ids.unsqueeze(-1), form.C.unsqueeze(-1))
+        if self._tanh is not None:
+            slope = self._tanh[: len(gradient)]
+            gradient.mul_(slope.square_().neg_().add_(1.0))
+        if self._head.scale != 1.0:
+            gradient.mul_(self._head.scale)
+        if self._bias_gradient is not None:
+            self._bias_gradient[: gradient.shape[1]] += gradient.sum(0)
+        narrowed = {dtype: tile[: len(gradient)].copy_(gradient) for dtype, tile in self._narrow.items()}
+        for factor in self._factors:
+            factor.add_gradient(rows, narrowed.get(factor.dtype, gradient))
+
+    def finish(self) -> tuple[torch.Tensor | None, ...]:
+        """The gradients of the bias, then of features and weight of every factor, in the dtypes of their tensors."""
+        of_bias = None
+        if self._bias_gradient is not None and self._bias is not None:
+            of_bias = self._bias_gradient.to(self._bias.dtype)
+        return of_bias, *(gradient for factor in self._factors for gradient in factor.finish())
+
+    def _compute_logits(self, rows: slice) -> torch.Tensor:
+        """[R, V] logits, in the memory of the tile."""
+        logits = self._wide[: rows.stop - rows.start]
+        for factor in self._factors:
+            narrow = self._narrow.get(factor.dtype)
+            narrow = None if narrow is None else narrow[: len(logits)]
+            factor.add_product(rows, logits, narrow, is_first=factor is self._factors[0])
+        if self._bias is not None:
+            logits.add_(self._bias[: logits.shape[1]])
+        if self._head.scale != 1.0:
+            logits.mul_(self._head.scale)
+        if self._tanh is not None and self._head.soft_cap is not None:
+            tanh = torch.tanh(logits.div_(self._head.soft_cap), out=self._tanh[: len(logits)])
+            torch.mul(tanh, self._head.soft_cap, out=logits)
+        return logits
+
+
+def narrow_in_place(wide: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A contiguous tensor in a dtype of at most its own size, over the memory of the old one, which is lost.
+
+    A copy would hold both at once, and the gradient of a head is the largest tensor of its loss.
+    """
+    if wide.dtype == dtype:
+        return wide
+    flat = wide.view(-1)
+    narrow = flat.view(dtype)[: len(flat)]
+    block = _BLOCK_BYTES // wide.element_size()
+    # Reading runs ahead of writing, and a block is read as a whole before any of it is written.
+    for start in range(0, len(flat), block):
+        narrow[start : start + block] = flat[start : start + block].to(dtype)
+    return narrow.view(wide.shape)
