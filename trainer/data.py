@@ -2,13 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
 
+from logitstore.errors import ConfigError, ShapeError
 from logitstore.records import RecordBatch
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TeacherSignal:
+    """What one teacher says about the positions of a batch, and how much it counts.
+
+    Attributes:
+        weight: of this teacher's distillation term.
+        support_ids: [B, T, K] int64.
+        support_logprobs: [B, T, K] float32, nats.
+        tail_logprob: [B, T] float32, nats.
+        entropy: [B, T] float32, nats.
+        support_weights: [B, T, K] float32, target weights of a sampled support, 0 in empty slots; None where the
+            support was not drawn.
+    """
+
+    weight: float
+    support_ids: torch.Tensor
+    support_logprobs: torch.Tensor
+    tail_logprob: torch.Tensor
+    entropy: torch.Tensor
+    support_weights: torch.Tensor | None = None
+
+    def to(self, device: torch.device) -> TeacherSignal:
+        """The same signal on a device."""
+        return replace(self, **_move_tensors(self, device))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -28,6 +56,11 @@ class TrainBatch:
         tail_logprob: [B, T] float32, nats.
         entropy: [B, T] float32, nats.
         next_token_logprob: [B, T] float32, nats.
+        support_weights: [B, T, K] float32 or None, as in `TeacherSignal`.
+        position_weights: [B, T] float32, what a position counts beside others; None where all count the same.
+        teacher_weight: of the signal above among the teachers'.
+        further_teachers: what other teachers with the same tokenizer say about the same positions, each with its own
+            support; `mix_teachers` fills it.
     """
 
     input_ids: torch.Tensor
@@ -39,18 +72,43 @@ class TrainBatch:
     tail_logprob: torch.Tensor
     entropy: torch.Tensor
     next_token_logprob: torch.Tensor
+    support_weights: torch.Tensor | None = None
+    position_weights: torch.Tensor | None = None
+    teacher_weight: float = 1.0
+    further_teachers: tuple[TeacherSignal, ...] = ()
+
+    @property
+    def teachers(self) -> tuple[TeacherSignal, ...]:
+        """Every teacher's signal, the batch's own first."""
+        own = TeacherSignal(
+            weight=self.teacher_weight,
+            support_ids=self.support_ids,
+            support_logprobs=self.support_logprobs,
+            tail_logprob=self.tail_logprob,
+            entropy=self.entropy,
+            support_weights=self.support_weights,
+        )
+        return (own, *self.further_teachers)
 
     def to(self, device: torch.device) -> TrainBatch:
         """The same batch on a device."""
         if device.type == "cpu":
             return self
-        return TrainBatch(
-            **{field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)}
-        )
+        further = tuple(signal.to(device) for signal in self.further_teachers)
+        return replace(self, **_move_tensors(self, device), further_teachers=further)
 
 
-def collate(batch: RecordBatch) -> TrainBatch:
+def _move_tensors(batch: TrainBatch | TeacherSignal, device: torch.device) -> dict[str, Any]:
+    values = ((field.name, getattr(batch, field.name)) for field in fields(batch))
+    return {name: value.to(device, non_blocking=True) for name, value in values if isinstance(value, torch.Tensor)}
+
+
+def collate(batch: RecordBatch, *, position_weights: np.ndarray | None = None) -> TrainBatch:
     """Pad a batch of records to rectangular tensors on the CPU.
+
+    Args:
+        batch: of B records.
+        position_weights: [P], what every position of the batch counts; None where all count the same.
 
     Raises:
         ValueError: the batch holds no record.
@@ -88,7 +146,39 @@ def collate(batch: RecordBatch) -> TrainBatch:
         tail_logprob=spread(batch.tail_logprob, -np.inf, np.float32),
         entropy=spread(batch.entropy, 0.0, np.float32),
         next_token_logprob=spread(batch.next_token_logprob, 0.0, np.float32),
+        position_weights=None if position_weights is None else spread(position_weights, 0.0, np.float32),
     )
+
+
+def mix_teachers(batches: Sequence[TrainBatch], weights: Sequence[float]) -> TrainBatch:
+    """One batch that several teachers teach, from one batch of each over the same sequences in the same order.
+
+    Every teacher keeps its own support, so the distillation term is the weighted sum of one loss per teacher. A
+    position is taught where all of them teach it.
+
+    Args:
+        batches: of teachers that share a tokenizer, one each, collated alike.
+        weights: of the teachers, at least 0, summing to 1.
+
+    Raises:
+        ConfigError: the weights are not as many as the batches, or do not sum to 1.
+        ShapeError: the batches are not of the same tokens.
+    """
+    if len(weights) != len(batches) or min(weights, default=-1.0) < 0 or abs(sum(weights) - 1) > 1e-6:
+        raise ConfigError(
+            f"teacher weights: expected {len(batches)} numbers of at least 0 that sum to 1, found {list(weights)}"
+        )
+    first, *others = (replace(batch, teacher_weight=weight) for batch, weight in zip(batches, weights, strict=True))
+    taught = first.loss_mask
+    for number, other in enumerate(others, start=1):
+        for name in ("input_ids", "next_ids", "attention_mask"):
+            if not torch.equal(getattr(first, name), getattr(other, name)):
+                raise ShapeError(
+                    f"batch {number}: expected the {name} of batch 0, found others; mix captures of one corpus with "
+                    "the same tokenizer and sequence settings, read at the same addresses"
+                )
+        taught = taught & other.loss_mask
+    return replace(first, loss_mask=taught, further_teachers=tuple(other.teachers[0] for other in others))
 
 
 def split_batch(batch: RecordBatch, sequences: int) -> Iterator[RecordBatch]:

@@ -112,13 +112,17 @@ def take_step(run: Run, batch: RecordBatch) -> StepResult:
     parts = list(split_batch(batch, settings.micro_batch_sequences or len(batch)))
     # DDP takes the mean of the ranks' gradients; the scale makes it their sum over all taught positions.
     losses = accumulate_gradient(run, parts, weight, scale=processes.world_size / max(taught, 1.0))
-    kl_sum, ce_sum = processes.sum_over_ranks(
-        [sum(loss.bucket_kl.item() for loss in losses), sum(loss.cross_entropy.item() for loss in losses)]
+    loss_sum, kl_sum, ce_sum = processes.sum_over_ranks(
+        [
+            sum(loss.total.item() for loss in losses),
+            sum(loss.bucket_kl.item() for loss in losses),
+            sum(loss.cross_entropy.item() for loss in losses),
+        ]
     )
     gradient_norm = torch.nn.utils.clip_grad_norm_(
         run.student.parameters(), settings.optimizer.gradient_clip or math.inf
     ).item()
-    check_finite(run.step, parts, losses, kl_sum + ce_sum, gradient_norm)
+    check_finite(run.step, parts, losses, loss_sum + kl_sum + ce_sum, gradient_norm)
 
     set_learning_rate(run.optimizer, learning_rate)
     run.optimizer.step()
@@ -127,6 +131,7 @@ def take_step(run: Run, batch: RecordBatch) -> StepResult:
     run.positions += int(positions)
     return StepResult(
         step=run.step,
+        loss=loss_sum / max(taught, 1.0),
         bucket_kl=kl_sum / max(taught, 1.0),
         cross_entropy=ce_sum / max(taught, 1.0),
         distillation_weight=weight,
@@ -151,6 +156,7 @@ def accumulate_gradient(
                 inputs,
                 vocab_size=run.store.plan.teacher.vocab_size,
                 distillation_weight=distillation_weight,
+                loss=run.settings.loss,
             )
             (loss.total * scale).backward()
         losses.append(loss)
@@ -189,7 +195,7 @@ def check_finite(
     bad = [
         str(address)
         for part, loss in zip(parts, losses, strict=True)
-        if not math.isfinite((loss.bucket_kl + loss.cross_entropy).item())
+        if not math.isfinite((loss.total + loss.bucket_kl + loss.cross_entropy).item())
         for address in part.addresses()
     ]
     where = f"among the records {', '.join(bad)}" if bad else "not on this rank, or only in the backward pass"

@@ -12,14 +12,16 @@ class StepResult:
 
     Attributes:
         step: optimizer steps done, this one included.
-        bucket_kl, cross_entropy: nats, means over the taught positions of the global batch, before the update.
-        distillation_weight: of the KL in the loss; the rest of 1 is the cross-entropy's.
+        loss, bucket_kl, cross_entropy: nats, means over the taught positions of the global batch, before the update.
+            `loss` is what is minimized; the others are distances from teacher and text, whatever it is.
+        distillation_weight: of the distillation term in the loss; the rest of 1 is the cross-entropy's.
         learning_rate, gradient_norm: of this update, the norm before clipping.
         positions: of the global batch, padding not counted.
         taught_positions: those that the loss is over.
     """
 
     step: int
+    loss: float
     bucket_kl: float
     cross_entropy: float
     distillation_weight: float
@@ -27,10 +29,6 @@ class StepResult:
     gradient_norm: float
     positions: int
     taught_positions: int
-
-    @property
-    def loss(self) -> float:
-        return self.distillation_weight * self.bucket_kl + (1 - self.distillation_weight) * self.cross_entropy
 
 
 class StepWindow:

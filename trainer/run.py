@@ -26,6 +26,7 @@ from trainer.checkpoint import (
 from trainer.config import TrainSettings, check_batch_divides
 from trainer.distributed import Processes
 from trainer.evaluate import Evaluation, evaluate
+from trainer.loss.objective import check_loss_fits
 from trainer.optimizer import build_optimizer
 from trainer.student import build_student, check_student_fits
 
@@ -90,6 +91,11 @@ def prepare_run(settings: TrainSettings, processes: Processes) -> Run:
     header = None if checkpoint is None else read_header(checkpoint)
 
     store = open_pinned_store(settings, header, processes)
+    check_loss_fits(
+        settings.loss,
+        is_support_drawn=store.plan.method.kind != "top_k",
+        is_entropy_known="entropy" not in store.plan.unknown_scalars,
+    )
     train_row_groups, held_out_row_groups = split_row_groups(store, settings.held_out)
     stream = RecordStream(
         store,

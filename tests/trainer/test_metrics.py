@@ -52,6 +52,7 @@ def test_window_means_weigh_steps_by_their_taught_positions() -> None:
         window.add(
             StepResult(
                 step=step,
+                loss=3 * kl,
                 bucket_kl=kl,
                 cross_entropy=2 * kl,
                 distillation_weight=0.75,
@@ -64,7 +65,7 @@ def test_window_means_weigh_steps_by_their_taught_positions() -> None:
     means = window.compute_means(total_positions=80, data_wait_seconds=0.0)
     assert means["train/bucket_kl"] == pytest.approx(3.25)
     assert means["train/cross_entropy"] == pytest.approx(6.5)
-    assert means["train/loss"] == pytest.approx(0.75 * 3.25 + 0.25 * 6.5)
+    assert means["train/loss"] == pytest.approx(9.75)
     assert means["train/learning_rate"] == pytest.approx(0.2)
     assert means["train/positions"] == 80
     assert means["train/positions_per_second"] > 0
