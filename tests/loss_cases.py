@@ -149,3 +149,20 @@ def differentiate_definition(loss: LossSettings, case: Case) -> tuple[torch.Tens
     value.sum().backward()
     assert logits.grad is not None
     return value.detach(), logits.grad
+
+
+def find_fixed_point(loss: LossSettings, case: Case) -> torch.Tensor:
+    """[V] probabilities that free logits end at under the mean loss of all positions of a case."""
+    free = torch.zeros(1, case.teacher_logits.shape[-1], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [free], max_iter=500, tolerance_grad=1e-13, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> torch.Tensor:
+        here = case.with_student(free.detach().expand_as(case.teacher_logits))
+        form = compute_form(loss, here)
+        free.grad = spread_gradient(form, here).mean(0, keepdim=True)
+        return form.value.mean()
+
+    optimizer.step(closure)
+    return free.detach().softmax(-1)[0]
