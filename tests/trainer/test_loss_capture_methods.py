@@ -81,10 +81,13 @@ def test_fixed_point_of_sampled_targets_tends_to_the_teacher() -> None:
 def draw_head_tail_case(probs: torch.Tensor, threshold: float, positions: int, *, seed: int) -> Case:
     """Ids from the threshold up with their probability, systematic draws of the others with a common weight."""
     head = probs >= threshold
-    tail_probs = torch.where(head, 0.0, probs)
-    tail_mass = tail_probs.sum()
-    draws = math.ceil(tail_mass.item() / threshold)
-    assert tail_probs.max() <= tail_mass / draws  # else the head would have to grow
+    while True:
+        tail_probs = torch.where(head, 0.0, probs)
+        tail_mass = tail_probs.sum()
+        draws = math.ceil(tail_mass.item() / threshold)
+        if tail_probs.max() <= tail_mass / draws:
+            break
+        head = head | (probs > tail_mass / draws)
     steps = (tail_probs * draws / tail_mass).cumsum(-1)
     offsets = torch.rand(positions, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     drawn = torch.searchsorted(steps, offsets + torch.arange(draws), right=True).clamp(max=len(probs) - 1)
@@ -103,11 +106,11 @@ def draw_head_tail_case(probs: torch.Tensor, threshold: float, positions: int, *
 
 def test_fixed_point_of_head_and_tail_targets_tends_to_the_teacher() -> None:
     probs = draw_logits(1, 40, seed=95, scale=1.0).softmax(-1)[0]
-    case = draw_head_tail_case(probs, 1 / 25, 20_000, seed=96)
-    torch.testing.assert_close(case.support_weights.sum(-1), torch.ones(20_000, dtype=torch.float64))
+    case = draw_head_tail_case(probs, 1 / 25, 2_500, seed=96)
+    torch.testing.assert_close(case.support_weights.sum(-1), torch.ones(2_500, dtype=torch.float64))
     student = find_fixed_point(LossSettings(kind="weighted_cross_entropy"), case)
-    # A tail id is drawn or not with a weight below 1/25: at most 1/50 of standard deviation over sqrt(20,000).
-    torch.testing.assert_close(student, probs, rtol=0, atol=6e-4)
+    # A tail id is drawn or not with a weight below 1/25: at most 1/50 of standard deviation over sqrt(2,500).
+    torch.testing.assert_close(student, probs, rtol=0, atol=1.6e-3)
 
 
 def measure_angle(one: torch.Tensor, other: torch.Tensor) -> float:
