@@ -21,7 +21,7 @@ from logitstore.shard.writer import ShardSettings
 from logitstore.store.create_only import check_create_only, create_or_read_back
 from logitstore.store.extension import PlanExtension, read_extensions
 from logitstore.store.files import StoreFiles
-from logitstore.store.sealed_json import seal, unseal
+from logitstore.store.sealed_json import BrokenSealError, seal, unseal
 from logitstore.teacher.protocol import Method, TeacherIdentity
 
 PLAN_PATH = "plan.json"
@@ -138,11 +138,16 @@ def read_plan(files: StoreFiles) -> StorePlan:
 
 
 def _parse_plan(raw: bytes, url: str) -> StorePlan:
+    seal_trouble: BrokenSealError | None = None
+    try:
+        raw = unseal(raw)
+    except BrokenSealError as error:  # another version may seal otherwise, or not at all
+        seal_trouble = error
     try:
         values = json.loads(raw)
         version = values["format_version"]
-        if version == FORMAT_VERSION:
-            values = json.loads(unseal(raw))
+        if version == FORMAT_VERSION and seal_trouble is not None:
+            raise seal_trouble
     except (ValueError, KeyError, TypeError) as error:
         raise IncompatibleStoreError(f"{url}/{PLAN_PATH}: expected a store's plan, found {error!r}") from None
     if version != FORMAT_VERSION:
