@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 import torch
 from made_up import build_records
 
+from logitstore.errors import ConfigError, ShapeError
 from logitstore.records import Record, RecordBatch
-from trainer.data import collate, split_batch
+from trainer.data import collate, mix_teachers, split_batch
 
 
 @pytest.fixture
@@ -69,3 +70,33 @@ def test_split_batch_joined_again_is_the_batch(records: list[Record], sequences:
             assert joined.documents == expected
         else:
             np.testing.assert_array_equal(getattr(joined, field.name), expected)
+
+
+def test_collate_puts_position_weights_at_their_places_and_none_on_padding(records: list[Record]) -> None:
+    batch = RecordBatch.from_records(records)
+    padded = collate(batch, position_weights=np.arange(1, batch.num_positions + 1))
+    assert padded.position_weights is not None
+    is_text = padded.attention_mask.bool()
+    assert torch.equal(padded.position_weights[is_text], torch.arange(1.0, batch.num_positions + 1))
+    assert not padded.position_weights[~is_text].any()
+
+
+def test_mixed_batch_moves_to_a_device_with_all_its_teachers(records: list[Record]) -> None:
+    batch = collate(RecordBatch.from_records(records))
+    mixed = mix_teachers([batch, batch], [0.5, 0.5]).to(torch.device("meta"))
+    assert [teacher.weight for teacher in mixed.teachers] == [0.5, 0.5]
+    assert {teacher.support_ids.device.type for teacher in mixed.teachers} == {"meta"}
+    assert mixed.input_ids.device.type == "meta"
+
+
+@pytest.mark.parametrize("weights", [[0.5, 0.6], [1.5, -0.5], [1.0]])
+def test_teacher_weights_that_are_no_mixture_are_refused(records: list[Record], weights: list[float]) -> None:
+    batch = collate(RecordBatch.from_records(records))
+    with pytest.raises(ConfigError, match="2 numbers of at least 0 that sum to 1"):
+        mix_teachers([batch, batch], weights)
+
+
+def test_teachers_of_other_tokens_are_not_mixed(records: list[Record]) -> None:
+    batch = collate(RecordBatch.from_records(records))
+    with pytest.raises(ShapeError, match="batch 1: expected the next_ids of batch 0"):
+        mix_teachers([batch, replace(batch, next_ids=batch.next_ids + 1)], [0.5, 0.5])

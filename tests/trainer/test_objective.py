@@ -69,8 +69,14 @@ def test_objective_of_logits_narrower_than_the_vocabulary_is_refused(batch: Trai
 
 
 @pytest.mark.parametrize("sequences", [1, 2, 4])
+@pytest.mark.parametrize(
+    "loss", [{"kind": "bucket_kl"}, {"kind": "decoupled", "temperature": 2.0}, {"kind": "residual", "min_entropy": 0.5}]
+)
 def test_gradient_does_not_depend_on_the_micro_batches(
-    make_settings: Callable[..., TrainSettings], taught_records: list[Record], sequences: int
+    make_settings: Callable[..., TrainSettings],
+    taught_records: list[Record],
+    loss: dict[str, object],
+    sequences: int,
 ) -> None:
     """In float64, where rounding is no excuse; records have unequal lengths and unequal numbers of taught positions."""
     batch = RecordBatch.from_records(taught_records)
@@ -78,7 +84,7 @@ def test_gradient_does_not_depend_on_the_micro_batches(
     assert len(set(counts)) > 1
     gradients = []
     for parts in ([batch], list(split_batch(batch, sequences))):
-        run = prepare_run(make_settings(), ALONE)
+        run = prepare_run(make_settings(loss=loss), ALONE)
         run.student.double()
         accumulate_gradient(run, parts, 0.8, scale=1 / sum(counts))
         gradients.append([parameter.grad for parameter in run.student.parameters()])

@@ -70,6 +70,13 @@ def test_distillation_weight_follows_a_wsd_shape_under_any_learning_rate() -> No
     assert weights == pytest.approx([0.25, 0.5, 0.5, 0.5, 0.25])
 
 
+def test_distillation_weight_follows_a_cosine_to_zero() -> None:
+    loss = LossSettings(weight=0.5, weight_schedule="cosine")
+    schedule = ScheduleSettings(kind="wsd", warmup_steps=2, final_fraction=0.3)
+    weights = [compute_distillation_weight(step, 10, loss, schedule) for step in (0, 1, 2, 6, 10)]
+    assert weights == pytest.approx([0.25, 0.5, 0.5, 0.25, 0.0])
+
+
 def test_distillation_weight_is_constant_by_default() -> None:
     weights = {
         compute_distillation_weight(step, 10, LossSettings(weight=0.7), ScheduleSettings()) for step in range(10)

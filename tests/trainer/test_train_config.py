@@ -28,7 +28,17 @@ def test_settings_of_the_least_keys_distil() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"loss": {"temperature": 2.0}}, "normalized at temperature 1"),
+        ({"loss": {"temperature": 2.0}}, "normalized at temperature 1.* kind 'decoupled' tempers inside the support"),
+        ({"loss": {"kind": "reverse_kl", "temperature": 0.5}}, "expected 1 with kind 'reverse_kl', found 0.5"),
+        ({"loss": {"kind": "decoupled", "temperature": 0.0}}, "loss.temperature"),
+        ({"loss": {"kind": "kl"}}, "loss.kind"),
+        ({"loss": {"beta": 0.1}}, "beta: expected with kind 'jensen_shannon' only, found 0.1 with kind 'bucket_kl'"),
+        ({"loss": {"kind": "jensen_shannon", "alpha": 0.2}}, "alpha: expected with kind 'skew_kl' only"),
+        ({"loss": {"kind": "jensen_shannon", "beta": 1.0}}, "loss.beta"),
+        ({"loss": {"kind": "skew_kl", "alpha": 1.0}}, "loss.alpha"),
+        ({"loss": {"min_entropy": 0.0}}, "loss.min_entropy"),
+        ({"loss": {"full_weight_entropy": -1.0}}, "loss.full_weight_entropy"),
+        ({"loss": {"weight_schedule": "linear"}}, "loss.weight_schedule"),
         ({"loss": {"weight": 1.5}}, "loss.weight"),
         ({"student": {}}, "exactly one of model and config"),
         ({"student": {"model": "m", "config": {"model_type": "llama"}}}, "exactly one of model and config"),
@@ -42,6 +52,21 @@ def test_settings_of_the_least_keys_distil() -> None:
 def test_settings_that_cannot_be_used_name_the_key(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build_settings(TrainSettings, {**LEAST, **changes}, where="train.yaml")
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"kind": "decoupled", "temperature": 2.0},
+        {"kind": "jensen_shannon", "beta": 0.1},
+        {"kind": "skew_kl", "alpha": 0.0, "weight": 1.0, "weight_schedule": "cosine"},
+        {"kind": "reverse_kl", "min_entropy": 0.2, "full_weight_entropy": 2.0},
+    ],
+)
+def test_loss_settings_come_back_from_what_they_are_dumped_to(loss: dict[str, Any]) -> None:
+    settings = build_settings(TrainSettings, {**LEAST, "loss": loss}, where="train.yaml")
+    assert settings.loss.model_dump(include=set(loss)) == loss
+    assert build_settings(TrainSettings, settings.model_dump(), where="dump") == settings
 
 
 def test_storage_options_are_neither_shown_nor_dumped() -> None:

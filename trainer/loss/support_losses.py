@@ -56,6 +56,7 @@ def renormalized_kl(
     Returns:
         [B, T] float, nats, at least 0 but for rounding.
     """
+    support_logprobs = support_logprobs.to(torch.promote_types(student_logits.dtype, torch.float32))
     has_support = (support_logprobs > -math.inf).any(-1, keepdim=True)
     mass_logprob = torch.where(has_support, support_logprobs.logsumexp(-1, keepdim=True), 0.0)
     return top_k_kl(student_logits, support_ids, support_logprobs - mass_logprob)
@@ -78,7 +79,7 @@ def residual_cross_entropy(
     Returns:
         [B, T] float, nats.
     """
-    weights = support_logprobs.exp()
+    weights = support_logprobs.to(torch.promote_types(student_logits.dtype, torch.float32)).exp()
     of_support = weighted_cross_entropy(student_logits, support_ids, weights)
     return of_support + tail_logprob.to(of_support.dtype).exp() * cross_entropy(student_logits, next_ids)
 
