@@ -40,9 +40,14 @@ def test_entropy_weights_at_the_edges_of_their_rules(rules: dict[str, float], ex
 
 
 def test_entropy_threshold_leaves_out_the_fraction_it_was_asked_for() -> None:
-    entropy = torch.rand(1000, generator=torch.Generator().manual_seed(0))
-    threshold = compute_entropy_threshold(torch.cat([entropy, torch.tensor([math.nan])]), 0.15)
+    entropy = np.random.default_rng(0).random(1000, dtype=np.float32)
+    threshold = compute_entropy_threshold(np.append(entropy, math.nan), 0.15)
     assert int((entropy < threshold).sum()) == 150
+
+
+def test_entropy_threshold_of_nothing_known_is_refused() -> None:
+    with pytest.raises(ConfigError, match="positions of known entropy"):
+        compute_entropy_threshold(np.full(3, math.nan), 0.15)
 
 
 def build_packed_record(spans: list[tuple[str, int]]) -> Record:

@@ -34,7 +34,7 @@ def compute_entropy_weights(loss: LossSettings, entropy: torch.Tensor) -> torch.
     return torch.where(entropy.isnan(), entropy, weights)
 
 
-def compute_entropy_threshold(entropy: torch.Tensor, fraction: float) -> float:
+def compute_entropy_threshold(entropy: np.ndarray, fraction: float) -> float:
     """The `min_entropy` that leaves out a fraction of positions.
 
     Args:
@@ -42,9 +42,14 @@ def compute_entropy_threshold(entropy: torch.Tensor, fraction: float) -> float:
         fraction: in [0, 1), such as 0.15.
 
     Returns:
-        Nats. At most this fraction of the sample lies below; fewer where many positions have the very same entropy.
+        Nats. At most this fraction of the sample lies below; less where many positions have the very same entropy.
+
+    Raises:
+        ConfigError: no entropy is known.
     """
-    ranked = entropy[~entropy.isnan()].double().sort().values
+    ranked = np.sort(entropy[~np.isnan(entropy)])
+    if not len(ranked):
+        raise ConfigError("min_entropy: expected positions of known entropy to find it from, found none")
     return float(ranked[int(fraction * len(ranked))])
 
 
@@ -65,7 +70,9 @@ def compute_document_weights(batch: RecordBatch, weights: Mapping[str, float]) -
         ConfigError: the records were read without their documents.
     """
     if batch.documents is None:
-        raise ConfigError("document weights: expected records with their documents, found none; read them along")
+        raise ConfigError(
+            "document weights: expected records with their documents, found none; read them with with_documents=True"
+        )
     per_position = np.ones(batch.num_positions, dtype=np.float32)
     for record, spans in enumerate(batch.documents):
         start, stop = int(batch.position_offsets[record]), int(batch.position_offsets[record + 1])
