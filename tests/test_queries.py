@@ -22,6 +22,7 @@ from logitstore.store.files import StoreFiles
 from logitstore.store.logit_store import LogitStore
 from logitstore.store.manifest import write_manifest
 from logitstore.store.plan import create_plan
+from logitstore.teacher.protocol import TopKMethod
 from logitstore.teacher.tokenizer import load_tokenizer
 
 PAGE = (ROOT / "docs/queries.md").read_text(encoding="utf-8")
@@ -29,6 +30,7 @@ SQL = dict(re.findall(r"```sql\n-- ([^\n]+)\n(.*?)```", PAGE, re.DOTALL))
 PYTHON = dict(re.findall(r"```python\n# ([^\n]+)\n(.*?)```", PAGE, re.DOTALL))
 DOCUMENT = "corpus.jsonl@0.3"
 CODECS: dict[str, Codec] = {"float32": Float32Codec(), "compact": CompactCodec()}
+SUPPORTS_OF = {"float32": "supports", "compact": "compact supports"}
 
 Run = Callable[[str], list[Any]]
 
@@ -174,9 +176,7 @@ def test_records_of_a_document_in_duckdb_are_those_of_the_store(run: Run, store:
 
 
 def test_supports_of_duckdb_are_decoded_as_the_store_decodes_them(run: Run, store: LogitStore, connection: Any) -> None:
-    is_compact = store.plan.shard.codec.kind == "compact"
-    for title in ("compact macros", "compact supports") if is_compact else ("supports",):
-        run(title)
+    run(SUPPORTS_OF[store.plan.shard.codec.kind])
     found = connection.execute("SELECT * FROM supports ORDER BY unit, record, position, slot").fetchall()
     expected = list_supports(store)
     assert [row[:5] for row in found] == [row[:5] for row in expected]
@@ -187,6 +187,30 @@ def test_supports_of_duckdb_are_decoded_as_the_store_decodes_them(run: Run, stor
         for position in range(record.num_positions)
     ]
     assert run("top-1 accuracy") == [(pytest.approx(np.mean(hits)),)]
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_supports_of_many_slots_in_duckdb_are_those_of_the_store(codec: str, connection: Any, tmp_path: Path) -> None:
+    """Decoding is linear: what is quadratic in slots, or in the positions of a record, does not end here."""
+    files = StoreFiles(str(tmp_path / "store"))
+    teacher = build_identity(vocab_size=64, padded_vocab_size=64)
+    shard = ShardSettings(codec=CODECS[codec], row_group_bytes=500_000)
+    plan = create_plan(files, build_plan(1, teacher=teacher, method=TopKMethod(k=64), shard=shard))
+    records = build_records(10, length=1000, vocab_size=64, top_k=64)
+    assert any(np.isneginf(record.signal.tail_logprob).any() for record in records)  # a support that is the vocabulary
+    commit_unit(files, put_shard(files, plan, 0, records, build_attempt(), tmp_path))
+    write_manifest(files, plan.compute_fingerprint())
+    store = LogitStore.open(files.url)
+    assert store.compute_statistics().positions > 3000
+    start(connection, store.url)(SUPPORTS_OF[codec])
+    found = connection.execute("SELECT * FROM supports ORDER BY unit, record, position, slot").fetchnumpy()
+    signals = [record.signal for record in store]
+    positions = [np.repeat(np.arange(len(signal.support_counts)), signal.support_counts) for signal in signals]
+    np.testing.assert_array_equal(found["record"], np.repeat(np.arange(10), [len(each) for each in positions]))
+    np.testing.assert_array_equal(found["position"], np.concatenate(positions))
+    np.testing.assert_array_equal(found["token_id"], np.concatenate([signal.support_ids for signal in signals]))
+    logprobs = np.concatenate([signal.support_logprobs for signal in signals])
+    np.testing.assert_allclose(found["logprob"], logprobs, rtol=0, atol=2e-6)
 
 
 def test_text_of_tokens_in_duckdb_is_the_tokenizers(connection: duckdb.DuckDBPyConnection, tmp_path: Path) -> None:
