@@ -12,7 +12,7 @@ from logitstore.errors import ConfigError, ShapeError
 from trainer.loss import divergences
 from trainer.loss.head import LinearHead, LowRankTerm
 from trainer.loss.settings import LossSettings
-from trainer.loss.sparse_linear import LinearLosses, LinearTargets, compute_sparse_linear_loss
+from trainer.loss.sparse_linear import LinearLosses, LinearTargets, LinearTeacher, compute_sparse_linear_loss
 from trainer.loss.tiles import compute_row_ranges, narrow_in_place
 
 POSITIONS, VOCAB_SIZE, HIDDEN_SIZE = 60, 30, 5
@@ -66,51 +66,66 @@ def list_tensors(head: LinearHead) -> list[torch.Tensor]:
     return [head.weight, *([] if head.bias is None else [head.bias]), *adapters]
 
 
-def draw_targets(case: Case, *, masked: bool = True) -> LinearTargets:
-    """Another weight everywhere; a third of the positions without one of the two, some without both."""
+def draw_targets(loss: LossSettings, *cases: Case, masked: bool = True) -> LinearTargets:
+    """Another weight everywhere; a third of the positions without each of the weights, some without any."""
     generator = torch.Generator().manual_seed(9)
-    weights = torch.rand(2, len(case.next_ids), dtype=torch.float64, generator=generator) + 0.1
+    weights = torch.rand(1 + len(cases), len(cases[0].next_ids), dtype=torch.float64, generator=generator) + 0.1
     if masked:
         weights *= torch.rand(weights.shape, generator=generator) > 0.3
-    return LinearTargets(
-        next_ids=case.next_ids,
-        support_ids=case.support_ids,
-        signal=case.signal,
-        distillation_weight=weights[0],
-        cross_entropy_weight=weights[1],
-    )
+    teachers = [
+        LinearTeacher(loss=loss, support_ids=case.support_ids, signal=case.signal, weight=weight)
+        for case, weight in zip(cases, weights[1:], strict=True)
+    ]
+    return LinearTargets(next_ids=cases[0].next_ids, teachers=tuple(teachers), cross_entropy_weight=weights[0])
+
+
+def with_weights(targets: LinearTargets, distillation: torch.Tensor, cross_entropy: torch.Tensor) -> LinearTargets:
+    teachers = tuple(replace(teacher, weight=distillation) for teacher in targets.teachers)
+    return replace(targets, teachers=teachers, cross_entropy_weight=cross_entropy)
 
 
 def differentiate_fused(
-    loss: LossSettings, hidden: torch.Tensor, head: LinearHead, targets: LinearTargets, tile_bytes: int
+    hidden: torch.Tensor, head: LinearHead, targets: LinearTargets, tile_bytes: int
 ) -> tuple[LinearLosses, Gradients]:
     leaf = hidden.clone().requires_grad_()
-    losses = compute_sparse_linear_loss(loss, leaf, head, targets, tile_bytes=tile_bytes)
+    losses = compute_sparse_linear_loss(leaf, head, targets, tile_bytes=tile_bytes)
     gradients = torch.autograd.grad(3 * losses.total, [leaf, *list_tensors(head)])
     return losses, list(gradients)
 
 
 def differentiate_dense(
-    loss: LossSettings, hidden: torch.Tensor, head: LinearHead, case: Case, targets: LinearTargets
+    hidden: torch.Tensor, head: LinearHead, targets: LinearTargets, *cases: Case
 ) -> tuple[LinearLosses, Gradients]:
     leaf = hidden.clone().requires_grad_()
     logits = head.compute_logits(leaf)
-    distillation = compute_definition(loss, case.with_student(logits))
-    cross_entropy = divergences.cross_entropy(logits, case.next_ids)
-    total = (targets.distillation_weight * distillation + targets.cross_entropy_weight * cross_entropy).sum()
+    seen = [case.with_student(logits) for case in cases]
+    distillation = torch.stack(
+        [compute_definition(teacher.loss, case) for teacher, case in zip(targets.teachers, seen, strict=True)]
+    )
+    bucket_kl = torch.stack([compute_definition(LossSettings(), case) for case in seen])
+    cross_entropy = divergences.cross_entropy(logits, targets.next_ids)
+    weights = torch.stack([teacher.weight for teacher in targets.teachers])
+    total = (weights * distillation).sum() + (targets.cross_entropy_weight * cross_entropy).sum()
     gradients = torch.autograd.grad(3 * total, [leaf, *list_tensors(head)])
-    return LinearLosses(total=total, distillation=distillation, cross_entropy=cross_entropy), list(gradients)
+    losses = LinearLosses(total=total, distillation=distillation, bucket_kl=bucket_kl, cross_entropy=cross_entropy)
+    return losses, list(gradients)
 
 
-def check_same(loss: LossSettings, head: LinearHead, tile_bytes: int, *, seed: int = 0, masked: bool = True) -> None:
-    case, hidden = draw_case(seed=seed), draw(POSITIONS, HIDDEN_SIZE, seed=seed + 20)
-    targets = draw_targets(case, masked=masked)
-    found, gradients = differentiate_fused(loss, hidden, head, targets, tile_bytes)
-    expected, expected_gradients = differentiate_dense(loss, hidden, head, case, targets)
-    is_taught = (targets.distillation_weight != 0) | (targets.cross_entropy_weight != 0)
+def check_same(
+    loss: LossSettings, head: LinearHead, tile_bytes: int, *, seed: int = 0, masked: bool = True, teachers: int = 1
+) -> None:
+    hidden = draw(POSITIONS, HIDDEN_SIZE, seed=seed + 20)
+    cases = [draw_case(seed=seed + 7 * index, slots=6 - index) for index in range(teachers)]
+    cases = [replace(case, next_ids=cases[0].next_ids) for case in cases]
+    targets = draw_targets(loss, *cases, masked=masked)
+    found, gradients = differentiate_fused(hidden, head, targets, tile_bytes)
+    expected, expected_gradients = differentiate_dense(hidden, head, targets, *cases)
+    is_taught = targets.find_taught()
+    assert bool(is_taught.all()) is not masked
     exact = {"rtol": 1e-10, "atol": 1e-11}
     torch.testing.assert_close(found.total, expected.total, **exact)
     torch.testing.assert_close(found.distillation, expected.distillation * is_taught, **exact)
+    torch.testing.assert_close(found.bucket_kl, expected.bucket_kl * is_taught, **exact)
     torch.testing.assert_close(found.cross_entropy, expected.cross_entropy * is_taught, **exact)
     for one, other in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(one, other, **exact)
@@ -133,6 +148,36 @@ def test_tiles_of_any_size_equal_dense_autograd(tile_bytes: int, masked: bool) -
     check_same(LossSettings(), draw_head(soft_cap=4.0), tile_bytes, seed=30, masked=masked)
 
 
+@pytest.mark.parametrize("kind", ["bucket_kl", "jensen_shannon", "residual"])
+@pytest.mark.parametrize("teachers", [2, 3])
+def test_several_teachers_of_other_supports_equal_dense_autograd(kind: str, teachers: int) -> None:
+    head = draw_head(soft_cap=4.0, bias=True)
+    check_same(LossSettings.model_validate({"kind": kind}), head, 7 * ROW_BYTES, seed=40, teachers=teachers)
+
+
+def test_text_without_a_teacher_is_plain_cross_entropy() -> None:
+    case, hidden, head = draw_case(seed=41), draw(POSITIONS, HIDDEN_SIZE, seed=42), draw_head()
+    text = replace(draw_targets(LossSettings(kind="cross_entropy"), case), teachers=())
+    leaf = hidden.clone().requires_grad_()
+    losses = compute_sparse_linear_loss(leaf, head, text, tile_bytes=999)
+    found = torch.autograd.grad(losses.total, [leaf, head.weight])
+    dense = text.cross_entropy_weight * divergences.cross_entropy(head.compute_logits(leaf), case.next_ids)
+    for one, other in zip(found, torch.autograd.grad(dense.sum(), [leaf, head.weight]), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-11)
+    assert losses.distillation.shape == losses.bucket_kl.shape == (0, POSITIONS)
+
+
+def test_taught_positions_without_weight_are_reported_all_the_same() -> None:
+    case, hidden, head = draw_case(seed=43), draw(POSITIONS, HIDDEN_SIZE, seed=44), draw_head()
+    targets = draw_targets(LossSettings(), case)
+    everything = replace(targets, is_taught=torch.ones(POSITIONS, dtype=torch.bool))
+    found, gradients = differentiate_fused(hidden, head, everything, 999)
+    expected, expected_gradients = differentiate_dense(hidden, head, targets, case)
+    torch.testing.assert_close(found.bucket_kl, expected.bucket_kl, rtol=1e-10, atol=1e-11)
+    for one, other in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-11)
+
+
 def test_row_ranges_cover_all_rows_evenly() -> None:
     ranges = compute_row_ranges(65, row_bytes=10, tile_bytes=645)
     assert [len(rows) for rows in ranges] == [32, 33]
@@ -140,26 +185,23 @@ def test_row_ranges_cover_all_rows_evenly() -> None:
     assert compute_row_ranges(0, row_bytes=10, tile_bytes=645) == []
 
 
-@pytest.mark.parametrize("kind", ["cross_entropy", "bucket_kl"])
+@pytest.mark.parametrize("kind", ["bucket_kl", "weighted_cross_entropy", "residual"])
 def test_empty_supports_teach_the_text_alone(kind: str) -> None:
     case = draw_case(seed=1, slots=0)
     case = replace(case, tail_logprob=torch.full_like(case.tail_logprob, -torch.inf))
-    hidden, head, targets = draw(POSITIONS, HIDDEN_SIZE, seed=2), draw_head(), draw_targets(case)
-    if kind == "bucket_kl":
-        text = replace(targets, distillation_weight=torch.zeros(POSITIONS))
-    else:
-        text = replace(targets, cross_entropy_weight=targets.cross_entropy_weight + targets.distillation_weight)
-        text = replace(text, distillation_weight=torch.zeros(POSITIONS))
-    _, gradients = differentiate_fused(LossSettings.model_validate({"kind": kind}), hidden, head, targets, 999)
-    _, expected = differentiate_dense(LossSettings(kind="cross_entropy"), hidden, head, case, text)
+    hidden, head = draw(POSITIONS, HIDDEN_SIZE, seed=2), draw_head()
+    targets = draw_targets(LossSettings.model_validate({"kind": kind}), case)
+    text = with_weights(targets, torch.zeros(POSITIONS), targets.cross_entropy_weight)
+    _, gradients = differentiate_fused(hidden, head, targets, 999)
+    _, expected = differentiate_dense(hidden, head, text, case)
     for one, other in zip(gradients, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-11)
 
 
 def test_positions_without_weight_cost_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
     case, head = draw_case(seed=3), draw_head()
-    targets = draw_targets(case)
-    is_taught = (targets.distillation_weight != 0) | (targets.cross_entropy_weight != 0)
+    targets = draw_targets(LossSettings(), case)
+    is_taught = targets.find_taught()
     seen: list[int] = []
     multiply = torch.mm
 
@@ -169,7 +211,7 @@ def test_positions_without_weight_cost_no_product(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(torch, "mm", count_rows)
     hidden = draw(POSITIONS, HIDDEN_SIZE, seed=4).requires_grad_()
-    compute_sparse_linear_loss(LossSettings(), hidden, head, targets)
+    compute_sparse_linear_loss(hidden, head, targets)
     assert 0 < int(is_taught.sum()) < POSITIONS
     assert seen == [int(is_taught.sum())] * 2  # logits, and the gradient of the hidden states
 
@@ -178,8 +220,8 @@ def test_batch_without_taught_positions_has_gradients_of_zero() -> None:
     """A rank without taught positions has to take part in the exchange of gradients."""
     case, head, hidden = draw_case(seed=5), draw_head(bias=True), draw(POSITIONS, HIDDEN_SIZE, seed=6)
     nothing = torch.zeros(POSITIONS, dtype=torch.float64)
-    targets = replace(draw_targets(case), distillation_weight=nothing, cross_entropy_weight=nothing)
-    losses, gradients = differentiate_fused(LossSettings(), hidden, head, targets, 999)
+    targets = with_weights(draw_targets(LossSettings(), case), nothing, nothing)
+    losses, gradients = differentiate_fused(hidden, head, targets, 999)
     assert losses.total.item() == 0
     assert [gradient.shape for gradient in gradients] == [hidden.shape, head.weight.shape, (VOCAB_SIZE,)]
     assert all(not gradient.any() for gradient in gradients)
@@ -188,7 +230,7 @@ def test_batch_without_taught_positions_has_gradients_of_zero() -> None:
 def test_frozen_weight_gets_no_gradient_while_its_adapter_does() -> None:
     case, head, hidden = draw_case(seed=7), draw_head(adapters=1), draw(POSITIONS, HIDDEN_SIZE, seed=8)
     head.weight.requires_grad_(False)
-    compute_sparse_linear_loss(LossSettings(), hidden, head, draw_targets(case)).total.backward()
+    compute_sparse_linear_loss(hidden, head, draw_targets(LossSettings(), case)).total.backward()
     assert head.weight.grad is None
     assert head.low_rank[0].up.grad is not None
     assert head.low_rank[0].down.grad is not None
@@ -196,12 +238,12 @@ def test_frozen_weight_gets_no_gradient_while_its_adapter_does() -> None:
 
 def test_tied_weight_sums_the_gradients_of_embedding_and_head() -> None:
     case, weight = draw_case(seed=9), draw(VOCAB_SIZE, HIDDEN_SIZE, seed=10).requires_grad_()
-    targets, token_ids = draw_targets(case), torch.arange(POSITIONS) % VOCAB_SIZE
+    targets, token_ids = draw_targets(LossSettings(), case), torch.arange(POSITIONS) % VOCAB_SIZE
     head = LinearHead(weight=weight)
-    fused = compute_sparse_linear_loss(LossSettings(), weight[token_ids].tanh(), head, targets).total
+    fused = compute_sparse_linear_loss(weight[token_ids].tanh(), head, targets).total
     logits = head.compute_logits(weight[token_ids].tanh())
     kl = compute_definition(LossSettings(), case.with_student(logits))
-    dense = targets.distillation_weight * kl
+    dense = targets.teachers[0].weight * kl
     dense = dense + targets.cross_entropy_weight * divergences.cross_entropy(logits, case.next_ids)
     (found,), (expected,) = (torch.autograd.grad(total, weight) for total in (fused, dense.sum()))
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-11)
@@ -209,10 +251,10 @@ def test_tied_weight_sums_the_gradients_of_embedding_and_head() -> None:
 
 def test_losses_without_gradient_mode_are_the_same() -> None:
     case, head, hidden = draw_case(seed=11), draw_head(), draw(POSITIONS, HIDDEN_SIZE, seed=12)
-    targets = draw_targets(case)
-    expected = compute_sparse_linear_loss(LossSettings(), hidden, head, targets)
+    targets = draw_targets(LossSettings(), case)
+    expected = compute_sparse_linear_loss(hidden, head, targets)
     with torch.no_grad():
-        found = compute_sparse_linear_loss(LossSettings(), hidden, head, targets)
+        found = compute_sparse_linear_loss(hidden, head, targets)
     assert not found.total.requires_grad
     assert found.total == expected.total.detach()
     assert torch.equal(found.distillation, expected.distillation)
@@ -229,11 +271,11 @@ def test_bfloat16_errs_no_more_than_the_plain_method(under_autocast: bool) -> No
     if under_autocast:
         head = replace(head, weight=head.weight.detach().float().requires_grad_())
         hidden = hidden.float()
-    targets, exact_targets = draw_targets(low), draw_targets(case)
+    targets, exact_targets = draw_targets(LossSettings(), low), draw_targets(LossSettings(), case)
     with torch.autocast("cpu", torch.bfloat16, enabled=under_autocast):
-        found = differentiate_fused(LossSettings(), hidden, head, targets, 7 * ROW_BYTES)
-        plain = differentiate_dense(LossSettings(), hidden, head, low, targets)
-    exact = differentiate_dense(LossSettings(), hidden.double(), exact_head, case, exact_targets)
+        found = differentiate_fused(hidden, head, targets, 7 * ROW_BYTES)
+        plain = differentiate_dense(hidden, head, targets, low)
+    exact = differentiate_dense(hidden.double(), exact_head, exact_targets, case)
     assert found[0].total.dtype == found[0].distillation.dtype == torch.float32
     for ours, theirs, truth in zip(found[1], plain[1], exact[1], strict=True):
         assert ours.dtype == theirs.dtype
@@ -249,8 +291,8 @@ def test_many_tiles_of_bfloat16_are_summed_in_float32() -> None:
     head = LinearHead(weight=torch.zeros(2, 4, dtype=torch.bfloat16, requires_grad=True))
     case = draw_case(seed=15, positions=512, vocab_size=2, slots=0)
     one, next_ids = torch.ones(512), torch.zeros(512, dtype=torch.int64)
-    targets = replace(draw_targets(case), next_ids=next_ids, cross_entropy_weight=one, distillation_weight=one)
-    compute_sparse_linear_loss(LossSettings(kind="cross_entropy"), hidden, head, targets, tile_bytes=1).total.backward()
+    targets = replace(with_weights(draw_targets(LossSettings(), case), 0 * one, 2 * one), next_ids=next_ids)
+    compute_sparse_linear_loss(hidden, head, targets, tile_bytes=1).total.backward()
     assert head.weight.grad is not None
     assert head.weight.grad.tolist() == [[-512.0] * 4, [512.0] * 4]
 
@@ -265,7 +307,7 @@ def test_narrowing_in_place_rounds_as_a_copy_does(monkeypatch: pytest.MonkeyPatc
 def test_second_backward_fails_instead_of_being_wrong() -> None:
     case, head = draw_case(seed=17), draw_head()
     total = compute_sparse_linear_loss(
-        LossSettings(), draw(POSITIONS, HIDDEN_SIZE, seed=18), head, draw_targets(case)
+        draw(POSITIONS, HIDDEN_SIZE, seed=18), head, draw_targets(LossSettings(), case)
     ).total
     torch.autograd.grad(total, head.weight, retain_graph=True)
     with pytest.raises(RuntimeError, match="run the forward pass again"):
@@ -273,16 +315,16 @@ def test_second_backward_fails_instead_of_being_wrong() -> None:
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
-    targets, wide_head = draw_targets(draw_case(seed=19)), replace(draw_head(), vocab_size=31)
+    targets, wide_head = draw_targets(LossSettings(), draw_case(seed=19)), replace(draw_head(), vocab_size=31)
     with pytest.raises(ShapeError, match=r"expected: \{'hidden': \(60, 5\)"):
-        compute_sparse_linear_loss(LossSettings(), torch.zeros(59, HIDDEN_SIZE), draw_head(), targets)
+        compute_sparse_linear_loss(torch.zeros(59, HIDDEN_SIZE), draw_head(), targets)
     with pytest.raises(ShapeError, match="of 31 columns"):
-        compute_sparse_linear_loss(LossSettings(), torch.zeros(60, HIDDEN_SIZE), wide_head, targets)
+        compute_sparse_linear_loss(torch.zeros(60, HIDDEN_SIZE), wide_head, targets)
 
 
 def test_float16_is_refused() -> None:
     head = draw_head(dtype=torch.float16)
     with pytest.raises(ConfigError, match="use bfloat16"):
         compute_sparse_linear_loss(
-            LossSettings(), torch.zeros(60, HIDDEN_SIZE, dtype=torch.float16), head, draw_targets(draw_case(seed=19))
+            torch.zeros(60, HIDDEN_SIZE, dtype=torch.float16), head, draw_targets(LossSettings(), draw_case(seed=19))
         )

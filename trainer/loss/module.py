@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
+
 import torch
 
 from logitstore.errors import ShapeError
 from trainer.loss.head import LinearHead, read_head
 from trainer.loss.parts import SignalTensors
 from trainer.loss.settings import LossSettings
-from trainer.loss.sparse_linear import DEFAULT_TILE_BYTES, LinearLosses, LinearTargets, compute_sparse_linear_loss
+from trainer.loss.sparse_linear import LinearLosses, LinearTargets, LinearTeacher, compute_sparse_linear_loss
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SparseLosses:
+    """The losses of a call; float32, or float64 where the head is; nats.
+
+    Attributes:
+        total: [] the sum over positions of weight times loss; differentiable.
+        distillation: [...] the distillation term of every position, without weight and gradient; 0 at positions of
+            weight 0, here and below.
+        bucket_kl: [...] the distance from the teacher that is comparable between losses, likewise.
+        cross_entropy: [...] likewise.
+    """
+
+    total: torch.Tensor
+    distillation: torch.Tensor
+    bucket_kl: torch.Tensor
+    cross_entropy: torch.Tensor
 
 
 class SparseLinearLoss(torch.nn.Module):
@@ -42,17 +63,23 @@ class SparseLinearLoss(torch.nn.Module):
         losses.total.backward()  # into body and head
     """
 
-    def __init__(self, loss: LossSettings | None = None, *, tile_bytes: int = DEFAULT_TILE_BYTES) -> None:
+    def __init__(self, loss: LossSettings | None = None, *, tile_bytes: int | None = None) -> None:
         """Choose a loss.
 
         Args:
             loss: kind, options and weight; None is the default of `LossSettings`. Its entropy rules and schedule
                 belong to a training run: give their outcome as weights of positions.
-            tile_bytes: bound of the logits held at once.
+            tile_bytes: bound of the logits held at once; None takes an eighth of the head's size.
         """
         super().__init__()
         self.loss = LossSettings() if loss is None else loss
         self.tile_bytes = tile_bytes
+        # A loop over tiles is no work for a compiler: the graph of whoever calls ends before it and goes on after it.
+        self._compute = torch.compiler.disable(compute_sparse_linear_loss)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle and copy as settings, which is all there is; what keeps a compiler out cannot be pickled."""
+        return partial(SparseLinearLoss, tile_bytes=self.tile_bytes), (self.loss,)
 
     def forward(
         self,
@@ -66,7 +93,7 @@ class SparseLinearLoss(torch.nn.Module):
         support_weights: torch.Tensor | None = None,
         position_weight: torch.Tensor | None = None,
         distillation_weight: torch.Tensor | float | None = None,
-    ) -> LinearLosses:
+    ) -> SparseLosses:
         """The weighted sum of distillation and cross-entropy over all positions, and both at each.
 
         Args:
@@ -82,7 +109,7 @@ class SparseLinearLoss(torch.nn.Module):
                 takes the settings'.
 
         Returns:
-            The losses; per position [...] without gradient.
+            The losses.
 
         Raises:
             ShapeError: the shapes do not fit together.
@@ -97,26 +124,31 @@ class SparseLinearLoss(torch.nn.Module):
         weight = self.loss.weight if distillation_weight is None else distillation_weight
         weight = torch.as_tensor(0.0 if self.loss.kind == "cross_entropy" else weight, device=hidden.device)
         scale = torch.ones(shape, device=hidden.device) if position_weight is None else position_weight
-        losses = compute_sparse_linear_loss(
-            self.loss,
+        signal = SignalTensors(
+            support_logprobs=support_logprobs.reshape(-1, K),
+            tail_logprob=tail_logprob.flatten(),
+            support_weights=None if support_weights is None else support_weights.reshape(-1, K),
+        )
+        teacher = LinearTeacher(
+            loss=self.loss,
+            support_ids=support_ids.reshape(-1, K),
+            signal=signal,
+            weight=(scale * weight).flatten(),
+        )
+        losses: LinearLosses = self._compute(
             hidden.flatten(0, -2),
             head if isinstance(head, LinearHead) else read_head(head),
             LinearTargets(
                 next_ids=next_ids.flatten(),
-                support_ids=support_ids.reshape(-1, K),
-                signal=SignalTensors(
-                    support_logprobs=support_logprobs.reshape(-1, K),
-                    tail_logprob=tail_logprob.flatten(),
-                    support_weights=None if support_weights is None else support_weights.reshape(-1, K),
-                ),
-                distillation_weight=(scale * weight).flatten(),
+                teachers=(teacher,),
                 cross_entropy_weight=(scale * (1 - weight)).flatten(),
             ),
             tile_bytes=self.tile_bytes,
         )
-        return LinearLosses(
+        return SparseLosses(
             total=losses.total,
-            distillation=losses.distillation.view(shape),
+            distillation=losses.distillation[0].view(shape),
+            bucket_kl=losses.bucket_kl[0].view(shape),
             cross_entropy=losses.cross_entropy.view(shape),
         )
 

@@ -8,6 +8,7 @@ pass is to multiply by the number that arrives there.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +16,49 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from logitstore.errors import ConfigError, ShapeError
-from trainer.loss.gradient_form import compute_cross_entropy_form, compute_loss_and_gradient
+from trainer.loss.gradient_form import GradientForm, compute_cross_entropy_form, compute_loss_and_gradient
 from trainer.loss.head import LinearHead
-from trainer.loss.parts import SignalTensors
+from trainer.loss.partials import compute_partials
+from trainer.loss.parts import SignalTensors, StudentParts
 from trainer.loss.settings import LossSettings
-from trainer.loss.tiles import HeadFactor, LogitsTile, compute_row_ranges
+from trainer.loss.tiles import HeadFactor, LogitsTile, Support, compute_row_ranges
 
-# Of logits in float32. 64 positions of 151,936 ids: larger tiles are faster by less than the machine's noise.
-DEFAULT_TILE_BYTES = 40 * 2**20
+# A tile takes this part of the weight's gradient, which is there anyway: rows in proportion to the hidden size, so that
+# products outweigh what is done once per tile. No fewer bytes than the bound, below which tiles are mere overhead.
+_TILE_PART = 8
+_SMALLEST_TILE_BYTES = 16 * 2**20
+_BUCKET_KL = LossSettings(kind="bucket_kl")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LinearTeacher:
+    """What one teacher says about N positions, and how it is taught.
+
+    Attributes:
+        loss: `kind` and its options; weight, schedule and entropy rules are the caller's, in `weight`.
+        support_ids: [N, K] int64, no repeats among the filled slots; K may be 0.
+        signal: N positions, K slots.
+        weight: [N] float, of the distillation term; 0 takes it out.
+    """
+
+    loss: LossSettings
+    support_ids: torch.Tensor
+    signal: SignalTensors
+    weight: torch.Tensor
+
+    def select(self, rows: torch.Tensor | slice) -> LinearTeacher:
+        """The same of some of the positions."""
+        weights = self.signal.support_weights
+        return LinearTeacher(
+            loss=self.loss,
+            support_ids=self.support_ids[rows],
+            signal=SignalTensors(
+                support_logprobs=self.signal.support_logprobs[rows],
+                tail_logprob=self.signal.tail_logprob[rows],
+                support_weights=None if weights is None else weights[rows],
+            ),
+            weight=self.weight[rows],
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -31,56 +67,54 @@ class LinearTargets:
 
     Attributes:
         next_ids: [N] int64.
-        support_ids: [N, K] int64, no repeats among the filled slots; K may be 0.
-        signal: N positions, K slots.
-        distillation_weight: [N] float, of the distillation term; 0 takes it out.
-        cross_entropy_weight: [N] float, of -log q of the next token. A position where both are 0 costs nothing.
+        teachers: with one vocabulary; none, one or several.
+        cross_entropy_weight: [N] float, of -log q of the next token.
+        is_taught: [N] bool; the other positions cost nothing, and their losses are not computed. None takes those that
+            have any weight.
     """
 
     next_ids: torch.Tensor
-    support_ids: torch.Tensor
-    signal: SignalTensors
-    distillation_weight: torch.Tensor
+    teachers: tuple[LinearTeacher, ...]
     cross_entropy_weight: torch.Tensor
+    is_taught: torch.Tensor | None = None
 
     def select(self, rows: torch.Tensor | slice) -> LinearTargets:
-        """The targets of some of the positions."""
-        weights = self.signal.support_weights
+        """The targets of some of the positions, all of which are taught."""
         return LinearTargets(
             next_ids=self.next_ids[rows],
-            support_ids=self.support_ids[rows],
-            signal=SignalTensors(
-                support_logprobs=self.signal.support_logprobs[rows],
-                tail_logprob=self.signal.tail_logprob[rows],
-                support_weights=None if weights is None else weights[rows],
-            ),
-            distillation_weight=self.distillation_weight[rows],
+            teachers=tuple(teacher.select(rows) for teacher in self.teachers),
             cross_entropy_weight=self.cross_entropy_weight[rows],
         )
+
+    def find_taught(self) -> torch.Tensor:
+        """[N] bool."""
+        if self.is_taught is not None:
+            return self.is_taught
+        has_weight = self.cross_entropy_weight != 0
+        for teacher in self.teachers:
+            has_weight = has_weight | (teacher.weight != 0)
+        return has_weight
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LinearLosses:
-    """The losses of N positions.
+    """The losses of N positions and M teachers; float32, or float64 where the head is; nats.
 
     Attributes:
-        total: [] the sum over positions of weight times loss; float32, or float64 where the head is; differentiable.
-        distillation: [N] nats, without weight and gradient; 0 at positions that were left out.
-        cross_entropy: [N], likewise.
+        total: [] the sum over positions of weight times loss, of all teachers and the text; differentiable.
+        distillation: [M, N] without weight and gradient; 0 at positions that are not taught, here and below.
+        bucket_kl: [M, N] `bucket_forward_kl`, whatever the loss is, likewise.
+        cross_entropy: [N] likewise.
     """
 
     total: torch.Tensor
     distillation: torch.Tensor
+    bucket_kl: torch.Tensor
     cross_entropy: torch.Tensor
 
 
 def compute_sparse_linear_loss(
-    loss: LossSettings,
-    hidden: torch.Tensor,
-    head: LinearHead,
-    targets: LinearTargets,
-    *,
-    tile_bytes: int = DEFAULT_TILE_BYTES,
+    hidden: torch.Tensor, head: LinearHead, targets: LinearTargets, *, tile_bytes: int | None = None
 ) -> LinearLosses:
     """Distillation and cross-entropy of hidden states under a head, weighted and summed.
 
@@ -88,40 +122,44 @@ def compute_sparse_linear_loss(
     float32. Differentiable once, in the hidden states and every tensor of the head.
 
     Args:
-        loss: `kind` and its options; its weight and entropy rules are the caller's, in `targets`.
         hidden: [N, D] float.
         head: of V columns without padding.
         targets: ids below V.
-        tile_bytes: bound of a tile of logits; one position is held whatever it takes.
+        tile_bytes: bound of a tile of logits; one position is held whatever it takes. None takes an eighth of the
+            weight's size.
 
     Raises:
         ShapeError: hidden states, head and targets do not fit together.
-        ConfigError: the head is float16; the signal lacks what `loss.kind` needs.
+        ConfigError: the head is float16; a signal lacks what its loss needs.
     """
     _check(hidden, head, targets)
-    is_taught = (targets.distillation_weight != 0) | (targets.cross_entropy_weight != 0)
+    is_taught = targets.find_taught()
     rows = None if bool(is_taught.all()) else is_taught.nonzero().squeeze(-1)
     if rows is not None:
         hidden, targets = hidden[rows], targets.select(rows)
     factors = [tensor for term in head.low_rank for tensor in (term.project(hidden), term.up)]
-    plan = _Plan(loss=loss, head=head, targets=targets, tile_bytes=tile_bytes, needs_gradient=torch.is_grad_enabled())
-    total, distillation, cross_entropy = _SparseLinearLoss.apply(  # type: ignore[no-untyped-call]
+    if tile_bytes is None:
+        tile_bytes = max(_SMALLEST_TILE_BYTES, head.weight.numel() * torch.float32.itemsize // _TILE_PART)
+    plan = _Plan(head=head, targets=targets, tile_bytes=tile_bytes, needs_gradient=torch.is_grad_enabled())
+    total, values = _SparseLinearLoss.apply(  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         plan, head.bias, hidden, head.weight, *factors
     )
     if rows is not None:
-        everywhere = distillation.new_zeros(2, len(is_taught))
-        distillation, cross_entropy = everywhere.index_copy_(1, rows, torch.stack([distillation, cross_entropy]))
-    return LinearLosses(total=total, distillation=distillation, cross_entropy=cross_entropy)
+        values = values.new_zeros(len(values), len(is_taught)).index_copy_(1, rows, values)
+    M = len(targets.teachers)
+    return LinearLosses(total=total, cross_entropy=values[0], distillation=values[1 : 1 + M], bucket_kl=values[1 + M :])
 
 
 def _check(hidden: torch.Tensor, head: LinearHead, targets: LinearTargets) -> None:
-    N, K = targets.support_ids.shape
-    expected = {"hidden": (N, head.weight.shape[1]), "next_ids": (N,), "support_logprobs": (N, K)}
-    found = {
-        "hidden": tuple(hidden.shape),
-        "next_ids": tuple(targets.next_ids.shape),
-        "support_logprobs": tuple(targets.signal.support_logprobs.shape),
-    }
+    N = len(targets.next_ids)
+    expected: dict[str, tuple[int, ...]] = {"hidden": (N, head.weight.shape[1]), "cross_entropy_weight": (N,)}
+    found = {"hidden": tuple(hidden.shape), "cross_entropy_weight": tuple(targets.cross_entropy_weight.shape)}
+    for index, teacher in enumerate(targets.teachers):
+        shape = (N, teacher.support_ids.shape[-1])
+        expected |= {f"teacher {index} ids": shape, f"teacher {index} logprobs": shape, f"teacher {index} weight": (N,)}
+        found[f"teacher {index} ids"] = tuple(teacher.support_ids.shape)
+        found[f"teacher {index} logprobs"] = tuple(teacher.signal.support_logprobs.shape)
+        found[f"teacher {index} weight"] = tuple(teacher.weight.shape)
     if expected != found or not 0 < head.num_columns <= head.weight.shape[0]:
         raise ShapeError(
             f"sparse linear loss: shapes do not fit together\n  expected: {expected}, of {head.num_columns} columns\n"
@@ -138,7 +176,6 @@ def _check(hidden: torch.Tensor, head: LinearHead, targets: LinearTargets) -> No
 class _Plan:
     """What the autograd function needs besides the tensors it differentiates."""
 
-    loss: LossSettings
     head: LinearHead
     targets: LinearTargets
     tile_bytes: int
@@ -151,14 +188,14 @@ class _SparseLinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, plan: _Plan, bias: torch.Tensor | None, *factors: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         device = factors[0].device
         wanted = [need and plan.needs_gradient for need in ctx.needs_input_grad[1:]]
         autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
         with torch.autocast(device.type, enabled=False):
-            total, (distillation, cross_entropy), ctx.gradients = _run_tiles(plan, bias, factors, wanted, autocast)
-        ctx.mark_non_differentiable(distillation, cross_entropy)
-        return total, distillation, cross_entropy
+            total, values, ctx.gradients = _run_tiles(plan, bias, factors, wanted, autocast)
+        ctx.mark_non_differentiable(values)
+        return total, values
 
     @staticmethod
     @once_differentiable
@@ -179,28 +216,55 @@ def _run_tiles(
     wanted: list[bool],
     autocast: torch.dtype | None,
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor | None, ...]]:
-    """Total, [2, N] losses, and the gradients of the bias and the factors that are wanted."""
+    """Total, [1 + 2 M, N] losses, and the gradients of the bias and the factors that are wanted."""
     V, N = plan.head.num_columns, len(factors[0])
     terms = [
         HeadFactor(*pair, num_columns=V, wanted=(wanted[1 + 2 * index], wanted[2 + 2 * index]), autocast=autocast)
         for index, pair in enumerate(zip(factors[::2], factors[1::2], strict=True))
     ]
-    values = torch.zeros(2, N, dtype=terms[0].wide_dtype, device=factors[0].device)
+    M = len(plan.targets.teachers)
+    values = torch.zeros(1 + 2 * M, N, dtype=terms[0].wide_dtype, device=factors[0].device)
     total = values.new_zeros(())
     ranges = compute_row_ranges(N, V * values.element_size(), plan.tile_bytes)
     most_rows = max(map(len, ranges), default=0)
-    tile = LogitsTile(plan.head, bias, terms, rows=most_rows, wants_bias=wanted[0])
+    tile = LogitsTile(plan.head, bias, terms, rows=most_rows, num_supports=M, wants_bias=wanted[0])
     for row_range in ranges:
         rows = slice(row_range.start, row_range.stop)
         targets = plan.targets.select(rows)
-        parts = tile.compute_parts(rows, targets.support_ids, targets.signal, targets.next_ids)
-        distillation = compute_loss_and_gradient(plan.loss, parts, targets.signal)
-        cross_entropy = compute_cross_entropy_form(parts, targets.signal)
-        values[0, rows], values[1, rows] = distillation.value, cross_entropy.value
-        form = distillation.scale(targets.distillation_weight.to(values.dtype)).add(
-            cross_entropy.scale(targets.cross_entropy_weight.to(values.dtype))
-        )
-        total += form.value.sum()
+        supports = _list_supports(targets)
+        parts = tile.compute_parts(rows, supports, targets.next_ids)
+        forms, values[:, rows] = _compute_forms(targets, supports, parts)
+        total += sum(form.value.sum() for form in forms)
         if any(wanted):
-            tile.backpropagate(rows, form, targets.support_ids, targets.next_ids)
+            tile.backpropagate(rows, forms, supports, targets.next_ids)
     return total, values, tile.finish()
+
+
+def _list_supports(targets: LinearTargets) -> list[Support]:
+    """The support of every teacher; without a teacher, one that is empty."""
+    supports = [
+        Support(ids=teacher.support_ids, is_filled=teacher.signal.support_logprobs > -math.inf)
+        for teacher in targets.teachers
+    ]
+    if supports:
+        return supports
+    nothing = targets.next_ids.new_zeros(len(targets.next_ids), 0)
+    return [Support(ids=nothing, is_filled=nothing > 0)]
+
+
+def _compute_forms(
+    targets: LinearTargets, supports: list[Support], parts: list[StudentParts]
+) -> tuple[list[GradientForm], torch.Tensor]:
+    """The weighted form over every support, the text's in the first of them, and [1 + 2 M, R] losses."""
+    dtype = parts[0].next_logprob.dtype
+    # Of a signal, the form of the text wants to know which slots are filled.
+    filled = SignalTensors(support_logprobs=supports[0].is_filled.to(dtype).log(), tail_logprob=parts[0].tail_logprob)
+    text = compute_cross_entropy_form(parts[0], filled).scale(targets.cross_entropy_weight.to(dtype))
+    forms, distillation, bucket_kl = [], [], []
+    for teacher, student in zip(targets.teachers, parts, strict=False):
+        form = compute_loss_and_gradient(teacher.loss, student, teacher.signal)
+        forms.append(form.scale(teacher.weight.to(dtype)))
+        distillation.append(form.value)
+        bucket_kl.append(compute_partials(_BUCKET_KL, student, teacher.signal)[0])
+    forms = [forms[0].add(text), *forms[1:]] if forms else [text]
+    return forms, torch.stack([-parts[0].next_logprob, *distillation, *bucket_kl])

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 
 from trainer.loss.gradient_form import GradientForm
 from trainer.loss.head import LinearHead
-from trainer.loss.parts import SignalTensors, StudentParts
+from trainer.loss.parts import StudentParts
 
-# Rows of a narrow weight's gradient that are multiplied at once: their product is rounded, then added in float32.
-_BLOCK_BYTES = 16 * 2**20
+# Part of a narrow weight's gradient that is multiplied at once: the product is rounded, then added in float32.
+_BLOCK_BYTES = 4 * 2**20  # fastest of 1 to 64 MiB: stays in the cache
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Support:
+    """Where a teacher keeps ids at the positions of a tile: [R, K] ids, and whether a slot is filled."""
+
+    ids: torch.Tensor
+    is_filled: torch.Tensor
 
 
 def compute_row_ranges(num_rows: int, row_bytes: int, tile_bytes: int) -> list[range]:
     """Ranges of rows as even as can be, each of at most `tile_bytes`, or of one row."""
-    num_tiles = math.ceil(num_rows / max(1, tile_bytes // row_bytes))
+    num_tiles = -(-num_rows // max(1, tile_bytes // row_bytes))
     bounds = [num_rows * index // num_tiles for index in range(num_tiles + 1)] if num_tiles else []
     return [range(start, stop) for start, stop in pairwise(bounds)]
 
@@ -95,7 +103,14 @@ class LogitsTile:
     """The logits of one tile of positions after another, in memory that all tiles share."""
 
     def __init__(
-        self, head: LinearHead, bias: torch.Tensor | None, factors: list[HeadFactor], *, rows: int, wants_bias: bool
+        self,
+        head: LinearHead,
+        bias: torch.Tensor | None,
+        factors: list[HeadFactor],
+        *,
+        rows: int,
+        num_supports: int,
+        wants_bias: bool,
     ) -> None:
         """Take memory for tiles of up to `rows` positions.
 
@@ -104,6 +119,7 @@ class LogitsTile:
             bias: [V'] float or None.
             factors: whose products the logits are the sum of.
             rows: most positions of a tile.
+            num_supports: teachers; with more than one, the gradient needs memory of its own.
             wants_bias: whether the gradient of the bias is wanted.
         """
         self._head, self._factors = head, factors
@@ -118,39 +134,46 @@ class LogitsTile:
             if factor.dtype != self._wide_dtype
         }
         self._tanh = None if head.soft_cap is None else torch.empty_like(self._wide)
+        self._gradient = torch.empty_like(self._wide) if num_supports > 1 else None
         self._total = torch.empty(0)
+        self._slot_weights: list[torch.Tensor] = []
 
-    def compute_parts(
-        self, rows: slice, support_ids: torch.Tensor, signal: SignalTensors, next_ids: torch.Tensor
-    ) -> StudentParts:
-        """What the losses see of the student at some positions.
+    def compute_parts(self, rows: slice, supports: list[Support], next_ids: torch.Tensor) -> list[StudentParts]:
+        """What the losses see of the student at some positions, through one support or several.
 
-        What stays here is exp(logit - largest) of everything outside the support, 0 in it: its sum is the tail's
-        mass, exact however small it is.
+        What stays here is exp(logit - largest), with 0 in the support where there is only one: the sum of the rest is
+        the tail's mass, exact however small it is.
         """
         logits = self._compute_logits(rows)
         maximum = logits.amax(-1, keepdim=True)
-        slot_logits, next_logits = logits.gather(-1, support_ids), logits.gather(-1, next_ids.unsqueeze(-1))
+        next_logits = logits.gather(-1, next_ids.unsqueeze(-1))
+        slot_logits = [logits.gather(-1, support.ids) for support in supports]
         weights = logits.sub_(maximum).exp_()
-        is_filled = signal.support_logprobs > -math.inf
-        support_weight = torch.where(is_filled, (slot_logits - maximum).exp(), 0.0).sum(-1)
-        # Multiplying by 0 or 1 empties the support and leaves the id alone that stands in empty slots.
-        weights.scatter_reduce_(-1, support_ids, (~is_filled).to(weights.dtype), "prod")
-        tail_weight = weights.sum(-1)
-        self._total = tail_weight + support_weight
+        self._slot_weights = [
+            torch.where(support.is_filled, weights.gather(-1, support.ids), 0.0) for support in supports
+        ]
+        tails = []
+        for support, slot_weights in zip(supports, self._slot_weights, strict=True):
+            _empty(weights, support)
+            tails.append(weights.sum(-1))
+            if len(supports) > 1:
+                weights.scatter_add_(-1, support.ids, slot_weights)
+        self._total = tails[0] + self._slot_weights[0].sum(-1)
         logsumexp = maximum + self._total.log().unsqueeze(-1)
-        return StudentParts(
-            slot_logprobs=slot_logits - logsumexp,
-            tail_logprob=(tail_weight / self._total).log(),
-            next_logprob=(next_logits - logsumexp).squeeze(-1),
-        )
+        return [
+            StudentParts(
+                slot_logprobs=logits_of_slots - logsumexp,
+                tail_logprob=(tail / self._total).log(),
+                next_logprob=(next_logits - logsumexp).squeeze(-1),
+            )
+            for logits_of_slots, tail in zip(slot_logits, tails, strict=True)
+        ]
 
-    def backpropagate(self, rows: slice, form: GradientForm, support_ids: torch.Tensor, next_ids: torch.Tensor) -> None:
-        """Write the gradient of a loss over what `compute_parts` left, and hand it to bias and factors."""
-        gradient = self._wide[: rows.stop - rows.start]
-        gradient.mul_((form.A / self._total).unsqueeze(-1))
-        gradient.scatter_add_(-1, support_ids, form.on_support)
-        gradient.scatter_add_(-1, next_ids.unsqueeze(-1), form.C.unsqueeze(-1))
+    def backpropagate(
+        self, rows: slice, forms: list[GradientForm], supports: list[Support], next_ids: torch.Tensor
+    ) -> None:
+        """Turn what `compute_parts` left into the gradient of the sum of forms, for bias and factors."""
+        gradient = self._write_gradient(forms, supports, next_ids)
         if self._tanh is not None:
             slope = self._tanh[: len(gradient)]
             gradient.mul_(slope.square_().neg_().add_(1.0))
@@ -161,6 +184,24 @@ class LogitsTile:
         narrowed = {dtype: tile[: len(gradient)].copy_(gradient) for dtype, tile in self._narrow.items()}
         for factor in self._factors:
             factor.add_gradient(rows, narrowed.get(factor.dtype, gradient))
+
+    def _write_gradient(
+        self, forms: list[GradientForm], supports: list[Support], next_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """[R, V] gradient over the logits, soft cap and scale still to be gone through."""
+        weights = self._wide[: len(next_ids)]
+        if self._gradient is None:
+            gradient = weights.mul_((forms[0].A / self._total).unsqueeze(-1))
+        else:
+            gradient = self._gradient[: len(next_ids)].zero_()
+            for form, support, slot_weights in zip(forms, supports, self._slot_weights, strict=True):
+                _empty(weights, support)
+                gradient.addcmul_(weights, (form.A / self._total).unsqueeze(-1))
+                weights.scatter_add_(-1, support.ids, slot_weights)
+        for form, support in zip(forms, supports, strict=True):
+            gradient.scatter_add_(-1, support.ids, form.on_support)
+            gradient.scatter_add_(-1, next_ids.unsqueeze(-1), form.C.unsqueeze(-1))
+        return gradient
 
     def finish(self) -> tuple[torch.Tensor | None, ...]:
         """The gradients of the bias, then of features and weight of every factor, in the dtypes of their tensors."""
@@ -184,6 +225,11 @@ class LogitsTile:
             tanh = torch.tanh(logits.div_(self._head.soft_cap), out=self._tanh[: len(logits)])
             torch.mul(tanh, self._head.soft_cap, out=logits)
         return logits
+
+
+def _empty(weights: torch.Tensor, support: Support) -> None:
+    """Set the ids of a support to 0 in [R, V]; by multiplication, which leaves alone what stands in empty slots."""
+    weights.scatter_reduce_(-1, support.ids, (~support.is_filled).to(weights.dtype), "prod")
 
 
 def narrow_in_place(wide: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
