@@ -152,6 +152,39 @@ def test_gradient_on_the_support_keeps_its_digits_where_the_student_has_no_tail(
     torch.testing.assert_close(narrow.on_support.double(), exact.on_support, rtol=0, atol=3e-7)
 
 
+@every_loss
+def test_form_in_float32_errs_by_the_rounding_of_its_inputs(loss: LossSettings) -> None:
+    """Logprobs are around 10, which float32 holds to 5e-7; terms of a position add up to a few times that."""
+    case = draw_case(seed=90)
+    parts, exact = compute_parts(case), compute_form(loss, case)
+    narrow = compute_loss_and_gradient(
+        loss,
+        StudentParts(**{name: value.float() for name, value in vars(parts).items()}),
+        SignalTensors(**{name: value.float() for name, value in vars(case.signal).items()}),
+    )
+    scale = loss.temperature**2 if loss.kind == "decoupled" else 1.0
+    torch.testing.assert_close(narrow.value.double(), exact.value, rtol=1e-6, atol=5e-6 * max(1.0, scale))
+    torch.testing.assert_close(narrow.on_support.double(), exact.on_support, rtol=1e-6, atol=2e-6 * max(1.0, scale))
+    probs = case.student_logits.softmax(-1).amax(-1)
+    torch.testing.assert_close(narrow.A.double() * probs, exact.A * probs, rtol=1e-5, atol=2e-6)
+
+
+@every_loss
+def test_form_of_supports_without_a_single_slot_is_finite(loss: LossSettings) -> None:
+    """Everything is tail: nothing is asked of a student, but by losses of the true token."""
+    tail = torch.zeros(3)
+    nothing = torch.zeros(3, 0)
+    form = compute_loss_and_gradient(
+        loss,
+        StudentParts(slot_logprobs=nothing, tail_logprob=tail, next_logprob=tail - 1),
+        SignalTensors(support_logprobs=nothing, tail_logprob=tail, support_weights=nothing),
+    )
+    expected = 1.0 if loss.kind in ("cross_entropy", "residual") else 0.0
+    for name in ("value", "A"):
+        torch.testing.assert_close(getattr(form, name), torch.full((3,), expected), rtol=0, atol=1e-6)
+    assert form.B.shape == form.on_support.shape == (3, 0)
+
+
 def test_tail_below_the_floor_is_a_constant() -> None:
     """The value does not depend on it, so neither may the gradient."""
     signal = SignalTensors(support_logprobs=torch.tensor([[-1.0]]), tail_logprob=torch.tensor([-0.4586751]))
