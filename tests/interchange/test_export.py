@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from interchange.made_up_data import list_supports, read_rows, renormalize
+from interchange.made_up_data import export_store, ignore, list_supports, read_rows, renormalize
 
 from logitstore.errors import ConfigError
 from logitstore.interchange.distillkit_codec import CompressionConfig, decompress_logprobs, unpack_ids
@@ -22,16 +22,6 @@ from logitstore.store.files import StoreFiles
 from logitstore.store.logit_store import LogitStore
 
 BuildStore = Callable[..., LogitStore]
-
-
-def ignore(done: int, total: int) -> None:
-    pass
-
-
-def export_store(store: LogitStore, folder: Path | str, **settings: Any) -> Export:
-    export = Export(store, StoreFiles(str(folder)), build_settings(ExportSettings, settings, where="test"))
-    export.write(ignore)
-    return export
 
 
 def read_compressed(row: dict[str, Any], config: CompressionConfig) -> list[dict[int, float]]:

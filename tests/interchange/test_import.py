@@ -5,81 +5,32 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from interchange.made_up_data import list_supports, renormalize
-from made_up import VOCAB_SIZE, build_records
+from interchange.made_up_data import (
+    FLOAT32,
+    build_distillkit_rows,
+    export_store,
+    ignore,
+    import_all,
+    list_supports,
+    plan_import,
+    renormalize,
+    write_rows,
+)
+from made_up import VOCAB_SIZE
 
-from logitstore.errors import ConfigError, IncompatibleStoreError, OutsideError
-from logitstore.interchange.axolotl import AxolotlLayout
-from logitstore.interchange.exporting import Export, ExportSettings
+from logitstore.errors import IncompatibleStoreError, OutsideError
 from logitstore.interchange.import_check import check_import
-from logitstore.interchange.import_plan import ForeignTeacher, ImportSettings, build_import_plan
 from logitstore.interchange.importing import DataSetImport
-from logitstore.records import Record, RecordBatch
-from logitstore.settings import build_settings
+from logitstore.records import RecordBatch
 from logitstore.store.commit import read_commit
 from logitstore.store.files import StoreFiles
 from logitstore.store.logit_store import LogitStore
-from logitstore.store.manifest import write_manifest
-from logitstore.store.plan import create_plan
 from logitstore.store.verify import verify_store
 
 BuildStore = Callable[..., LogitStore]
-TEACHER = ForeignTeacher(
-    model="big", tokenizer="big", tokenizer_fingerprint="1" * 64, vocab_size=VOCAB_SIZE, end_of_text_id=0
-)
-FLOAT32 = {"codec": {"kind": "float32"}}
-
-
-def ignore(done: int, total: int) -> None:
-    pass
-
-
-def plan_import(folder: Path | str, store: Path | str, **settings: Any) -> DataSetImport:
-    plan = build_import_plan(str(folder), TEACHER, build_settings(ImportSettings, settings, where="test"))
-    files = StoreFiles(str(store))
-    return DataSetImport(files, replace(plan, store=create_plan(files, plan.store)))
-
-
-def import_all(data_set: DataSetImport, store: Path | str) -> LogitStore:
-    for unit in range(len(data_set.plan.store.build_unit_table())):
-        data_set.import_unit(unit)
-    write_manifest(StoreFiles(str(store)), data_set.plan.store.compute_fingerprint())
-    return LogitStore.open(str(store))
-
-
-def export_store(store: LogitStore, folder: Path | str, **settings: Any) -> None:
-    Export(store, StoreFiles(str(folder)), build_settings(ExportSettings, settings, where="test")).write(ignore)
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]], row_group_size: int = 2) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=row_group_size)
-
-
-def build_distillkit_rows(count: int, **changes: Any) -> list[dict[str, Any]]:
-    """Rows whose entries hold the token that comes next at every position."""
-    rows = []
-    for record in build_records(count, ragged=False, vocab_size=VOCAB_SIZE):
-        supports = list_supports(record, 8)
-        for support, next_id in zip(supports, record.token_ids[1:].tolist(), strict=True):
-            if next_id not in support:
-                support.popitem()
-                support[next_id] = -9.0
-        rows.append(
-            {
-                "input_ids": record.token_ids.tolist(),
-                "token_ids": [list(support) for support in supports],
-                "top_values": [list(support.values()) for support in supports],
-                **changes,
-            }
-        )
-    return rows
 
 
 @pytest.mark.parametrize("codec", ["float32", "float16", "compact"])
@@ -215,87 +166,6 @@ def test_import_of_a_changed_data_set_is_refused(tmp_path: Path) -> None:
     write_rows(tmp_path / "data/part.parquet", build_distillkit_rows(5))
     with pytest.raises(IncompatibleStoreError, match=r"corpus\.files"):
         plan_import(tmp_path / "data", tmp_path / "in", layout="distillkit")
-
-
-def build_axolotl_folder(folder: Path, alignment: str) -> list[Record]:
-    """axolotl data whose likeliest entry is the token that comes next, mostly."""
-    records = build_records(20, ragged=False, vocab_size=VOCAB_SIZE)
-    for record in records:
-        signal = record.signal
-        for position in range(record.num_positions):
-            ids = signal.support_ids[8 * position : 8 * position + 8]
-            if record.token_ids[position + 1] not in ids:
-                ids[0] = record.token_ids[position + 1]
-    layout = AxolotlLayout(top_k=8, alignment=alignment, is_renormalized=False)
-    folder.mkdir()
-    pq.write_table(layout.build_table(RecordBatch.from_records(records)), folder / "part.parquet")
-    return records
-
-
-def test_shifted_axolotl_data_is_refused_and_read_when_told(tmp_path: Path) -> None:
-    records = build_axolotl_folder(tmp_path / "old", "same")
-    with pytest.raises(ConfigError, match=r"token t itself among 1?\d\d%.*shifted by one.*--alignment same"):
-        plan_import(tmp_path / "old", tmp_path / "in", layout="axolotl")
-    data_set = plan_import(tmp_path / "old", tmp_path / "in", layout="axolotl", alignment="same", shard=FLOAT32)
-    assert data_set.plan.sample.next_hits == 1.0
-    store = import_all(data_set, tmp_path / "in")
-    for mine, theirs in zip(records, store, strict=True):
-        for support, found in zip(list_supports(mine, 8), list_supports(theirs, 8), strict=True):
-            assert found == pytest.approx(support, abs=1e-6)
-
-
-def test_logits_in_place_of_logprobs_are_refused(tmp_path: Path) -> None:
-    rows = build_distillkit_rows(4)
-    for row in rows:
-        row["top_values"] = [[value + 20 for value in values] for values in row["top_values"]]
-    write_rows(tmp_path / "data/part.parquet", rows)
-    with pytest.raises(ConfigError, match="expected logprobs, found values whose exponentials sum to"):
-        plan_import(tmp_path / "data", tmp_path / "in", layout="distillkit")
-
-
-@pytest.mark.parametrize(
-    ("columns", "layout", "message"),
-    [
-        ({"input_ids": [[1, 2]], "target_logprobs": [[[0.0]]]}, "distillkit", "expected the columns.*--layout axolotl"),
-        ({"messages": ["x"], "logprobs": ["y"]}, "axolotl", "import what axolotl prepared of it"),
-        (
-            {"input_ids": [[1]], "packed_indices": [[[1]]], "exact_values": [[[0.0]]], "coeffs": [[[0.0]]]},
-            "distillkit",
-            "older compressed logits",
-        ),
-        (
-            {"input_ids": ["a b"], "token_ids": [[[1]]], "top_values": [[[0.0]]]},
-            "distillkit",
-            "column 'input_ids': expected lists of numbers, found string",
-        ),
-        (
-            {"input_ids": [[1]], "token_ids": [[[1]]], "top_values": [[[0.0]]]},
-            "distillkit",
-            "expected rows of the layout, found none that can be used .too_short",
-        ),
-    ],
-)  # fmt: skip
-def test_data_of_another_layout_is_refused_with_advice(
-    columns: dict[str, Any], layout: str, message: str, tmp_path: Path
-) -> None:
-    (tmp_path / "data").mkdir()
-    pq.write_table(pa.table(columns), tmp_path / "data/part.parquet")
-    with pytest.raises(ConfigError, match=message):
-        plan_import(tmp_path / "data", tmp_path / "in", layout=layout)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"layout": "distillkit-compressed"}, "expected a compression config, found none: give the compression_config"),
-        ({"layout": "distillkit", "alignment": "same"}, "alignment 'same': expected layout axolotl"),
-        ({"layout": "distillkit"}, "expected at least one file, found none(.|\n)*to_parquet"),
-    ],
-)
-def test_import_that_cannot_begin_says_why(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
-    with pytest.raises(ConfigError, match=message):
-        plan_import(tmp_path / "data", tmp_path / "in", **settings)
 
 
 def test_check_of_a_store_that_says_something_else_counts_it(tmp_path: Path) -> None:
