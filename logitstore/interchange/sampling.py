@@ -60,8 +60,12 @@ def take_sample(
             if isinstance(found, RejectedRowError):
                 rejection = rejection or found
                 continue
+            usable = [sequence for sequence in found if not _has_bad_value(sequence)]
+            if not usable:
+                rejection = rejection or RejectedRowError("invalid_signal", "expected logprobs, found NaN or infinity")
+                continue
             rows += 1
-            sequences.extend(found)
+            sequences.extend(usable)
     if not sequences:
         found_instead = f"{rejection.reason}: {rejection.detail}" if rejection else "no row"
         raise ConfigError(
@@ -93,6 +97,11 @@ def _read_first_rows(
                 except RejectedRowError as error:
                     yield error
             return
+
+
+def _has_bad_value(sequence: ForeignSequence) -> bool:
+    """Whether a value would spoil the figures of the sample; the import makes a dead letter of the sequence."""
+    return bool((np.isnan(sequence.logprobs) | np.isposinf(sequence.logprobs)).any())
 
 
 def _guess_normalization(masses: np.ndarray, sequences: Sequence[ForeignSequence], vocab_size: int) -> Normalization:

@@ -95,3 +95,27 @@ def test_import_that_cannot_begin_says_why(settings: dict[str, Any], message: st
     (tmp_path / "data").mkdir()
     with pytest.raises(ConfigError, match=message):
         plan_import(tmp_path / "data", tmp_path / "in", **settings)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("bad_row", [0, 3])
+def test_bad_value_in_one_row_of_four_costs_that_row_alone(bad: float, bad_row: int, tmp_path: Path) -> None:
+    rows = build_distillkit_rows(4)
+    rows[bad_row]["top_values"][2][1] = bad
+    write_rows(tmp_path / "data/part.parquet", rows, row_group_size=4)
+    data_set = plan_import(tmp_path / "data", tmp_path / "in", layout="distillkit")
+    sample = data_set.plan.sample
+    assert (sample.rows, sample.normalization, sample.next_hits) == (3, "vocabulary", 1.0)
+    assert 0 < sample.median_mass <= 1
+    store = import_all(data_set, tmp_path / "in")
+    assert store.compute_statistics().dead_letters == {"invalid_signal": 1}
+    assert len(store) == 3
+
+
+def test_data_without_a_row_of_sound_values_is_refused(tmp_path: Path) -> None:
+    rows = build_distillkit_rows(2)
+    for row in rows:
+        row["top_values"][0][0] = float("nan")
+    write_rows(tmp_path / "data/part.parquet", rows)
+    with pytest.raises(ConfigError, match=r"none that can be used \(invalid_signal: expected logprobs, found NaN"):
+        plan_import(tmp_path / "data", tmp_path / "in", layout="distillkit")
