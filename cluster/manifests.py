@@ -41,6 +41,8 @@ class RunningManifests:
     def close(self) -> None:
         """Wait for the manifest that is being written."""
         self._pool.shutdown()
+        if self._writing is not None and (error := self._writing.exception()) is not None:
+            _LOG.error("writing a manifest while the capture runs failed", exc_info=error)
 
     def _write(self) -> None:
         try:

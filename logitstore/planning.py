@@ -14,9 +14,17 @@ from logitstore.corpus.sequences import SequenceSettings
 from logitstore.errors import ConfigError, StoreNotFoundError
 from logitstore.settings import Settings
 from logitstore.shard.writer import ShardSettings
+from logitstore.store.commit import COMMITS, list_unit_files
 from logitstore.store.extension import PlanExtension, create_extension
 from logitstore.store.files import StoreFiles
-from logitstore.store.plan import CorpusPlan, StorePlan, check_no_differences, create_plan, read_plan
+from logitstore.store.plan import (
+    CorpusPlan,
+    StorePlan,
+    check_no_differences,
+    check_units_are_planned,
+    create_plan,
+    read_plan,
+)
 from logitstore.teacher.protocol import Method, TeacherIdentity, TeacherSettings, TopKMethod
 
 
@@ -85,6 +93,7 @@ def open_plan(
         added = find_new_files(files.url, plan, settings, identity, extend=extend)
         if not added:
             return plan
+        check_units_are_planned(files.url, plan, list_unit_files(files, COMMITS).units)
         units = build_unit_table(added, settings.unit_bytes, settings.corpus, settings.storage_options)
         extension = PlanExtension(
             plan_fingerprint=plan.compute_fingerprint(),
@@ -145,6 +154,8 @@ def find_new_files(
         )
     can_extend = len(differences) == 1 and added
     advice = "run 'logitstore capture' with --extend to add the new files to the store" if can_extend else ""
+    if len(differences) == 1 and missing and not added:
+        advice = "list the other files too, or run with --extend, which lets a capture list only some of them"
     check_no_differences(url, differences, advice)
     return []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 from logitstore.settings import Settings
@@ -59,7 +60,12 @@ class StoreCheck(Settings):
 
 
 def run_verify(
-    files: StoreFiles, *, quick: bool = False, repair: bool = False, report: Callable[[int, int], None] | None = None
+    files: StoreFiles,
+    *,
+    quick: bool = False,
+    repair: bool = False,
+    workers: int | None = None,
+    report: Callable[[int, int], None] | None = None,
 ) -> StoreCheck:
     """Verify a store, and repair it where that is asked for and needed.
 
@@ -67,12 +73,13 @@ def run_verify(
         files: the store.
         quick: read no shard.
         repair: take damaged units back, write a new manifest, and look once more.
+        workers: shards checked at once; None for one per core.
         report: called with (units done, units committed).
 
     Raises:
         StoreNotFoundError, IncompatibleStoreError: there is no store, or it is not readable at all.
     """
-    verification = verify_store(files, quick=quick, report=report)
+    verification = verify_store(files, quick=quick, workers=workers or max(2, os.cpu_count() or 1), report=report)
     is_repaired = repair and not verification.is_clean
     units_to_capture = repair_store(files, verification) if is_repaired else []
     remaining = verify_store(files, quick=True).problems if is_repaired else ()

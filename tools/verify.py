@@ -22,6 +22,9 @@ def command(
     repair: Annotated[
         bool, typer.Option("--repair", help="Take damaged units back and write a manifest of the others.")
     ] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Shards checked at once, each in memory; by default one per core.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -43,7 +46,7 @@ def command(
     from tools.store_check import run_verify
 
     with show_progress("verify", quiet=quiet) as report:
-        check = run_verify(StoreFiles(store), quick=quick, repair=repair, report=report)
+        check = run_verify(StoreFiles(store), quick=quick, repair=repair, workers=workers, report=report)
     if as_json:
         print_json(check)
     else:

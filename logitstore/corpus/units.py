@@ -95,6 +95,12 @@ class UnitTable:
         return table
 
 
+def count_units(columns: Mapping[str, Sequence[int | None]]) -> int:
+    """How many units the columns of a stored table hold."""
+    last = columns["span_unit"][-1] if columns.get("span_unit") else None
+    return 0 if last is None else last + 1
+
+
 def join_unit_tables(tables: Sequence[UnitTable], first_files: Sequence[int]) -> UnitTable:
     """One table of the units of several, numbered on from table to table.
 

@@ -74,7 +74,7 @@ def decode_row_group(
         columns = list_columns(header.codec, with_documents=with_documents)
         table = file.read_row_group(row_group, columns=columns, use_threads=False)
         return build_batch(table, header.codec)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, LookupError, ValueError, TypeError) as error:  # or columns that do not fit
         raise CorruptShardError(f"{where}: row group {row_group} cannot be decoded: {error}") from error
 
 

@@ -25,7 +25,7 @@ from logitstore.shard.layout import FORMAT_VERSION
 from logitstore.shard.summary import ShardSummary
 from logitstore.store.create_only import create_or_read_back
 from logitstore.store.files import StoreFiles
-from logitstore.store.sealed_json import BrokenSealError, seal, unseal
+from logitstore.store.sealed_json import BrokenSealError, NotSealedError, seal, unseal
 
 COMMITS = "commits"
 DATA = "data"
@@ -140,7 +140,8 @@ def parse_commit(data: bytes, where: str) -> Commit:
     try:
         commit = Commit.model_validate_json(unseal(data))
     except BrokenSealError as error:
-        _check_version(_read_version(data, where), where)
+        if isinstance(error, NotSealedError):  # another version may not know of seals
+            _check_version(_read_version(data, where), where)
         raise CorruptShardError(f"{where}: expected a commit record, found {error}; {_VERIFY}") from None
     except ValidationError as error:
         _check_version(_read_version(data, where), where)
@@ -251,13 +252,26 @@ def read_quarantine(files: StoreFiles) -> list[QuarantinedUnit]:
     Raises:
         CorruptShardError: a record is damaged.
     """
-    entries = []
-    for path, data in files.read_existing([build_quarantine_path(unit) for unit in list_units(files, QUARANTINE)]):
-        try:
-            entries.append(QuarantinedUnit.model_validate_json(unseal(data)))
-        except (BrokenSealError, ValidationError) as error:
-            what = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-            raise CorruptShardError(
-                f"{files.url}/{path}: expected a quarantine record, found {what}; delete it to try the unit again"
-            ) from None
-    return entries
+    paths = [build_quarantine_path(unit) for unit in list_units(files, QUARANTINE)]
+    return [_parse_quarantined_unit(data, f"{files.url}/{path}") for path, data in files.read_existing(paths)]
+
+
+def read_quarantined_unit(files: StoreFiles, unit: int) -> QuarantinedUnit:
+    """The record of one unit that was set aside.
+
+    Raises:
+        FileNotFoundError: it is not set aside.
+        CorruptShardError: the record is damaged.
+    """
+    path = build_quarantine_path(unit)
+    return _parse_quarantined_unit(files.read(path), f"{files.url}/{path}")
+
+
+def _parse_quarantined_unit(data: bytes, where: str) -> QuarantinedUnit:
+    try:
+        return QuarantinedUnit.model_validate_json(unseal(data))
+    except (BrokenSealError, ValidationError) as error:
+        what = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        raise CorruptShardError(
+            f"{where}: expected a quarantine record, found {what}; delete it to try the unit again"
+        ) from None

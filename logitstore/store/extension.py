@@ -8,7 +8,6 @@ store at once, one creates the next extension; the other sees what was added and
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
@@ -21,7 +20,7 @@ from logitstore.settings import Settings
 from logitstore.shard.layout import FORMAT_VERSION
 from logitstore.store.create_only import create_or_read_back
 from logitstore.store.files import StoreFiles
-from logitstore.store.sealed_json import seal, unseal
+from logitstore.store.sealed_json import read_sealed, seal
 
 
 class PlanExtension(Settings):
@@ -78,9 +77,9 @@ def read_extensions(
     matches = (re.fullmatch(r"plan-(\d{6,})\.json", file.name) for file in files.list(""))
     numbers = sorted(int(match[1]) for match in matches if match)
     extensions = []
-    for expected, (number, (path, data)) in enumerate(
-        zip(numbers, files.read_existing([build_extension_path(number) for number in numbers]), strict=True), start=2
-    ):
+    paths = {build_extension_path(number): number for number in numbers}
+    for expected, (path, data) in enumerate(files.read_existing(list(paths)), start=2):
+        number = paths[path]
         where = f"{files.url}/{path}"
         extension = _parse(data, where)
         found = (number, extension.plan_fingerprint, extension.first_file, extension.first_unit)
@@ -101,9 +100,9 @@ def read_extensions(
 
 def _parse(data: bytes, where: str) -> PlanExtension:
     try:
-        version = json.loads(data)["format_version"]
+        values, version = read_sealed(data)
         if version == FORMAT_VERSION:
-            return PlanExtension.model_validate_json(unseal(data))
+            return PlanExtension.model_validate(values)
     except (ValueError, KeyError, TypeError) as error:
         what = error.errors()[0]["msg"] if isinstance(error, ValidationError) else repr(error)
         raise IncompatibleStoreError(

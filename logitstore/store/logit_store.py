@@ -24,7 +24,7 @@ from logitstore.shard.layout import ShardHeader
 from logitstore.shard.reader import check_digest, decode_row_group, read_footer
 from logitstore.store.files import StoreFiles
 from logitstore.store.manifest import Manifest, list_manifests, read_manifest, take_snapshot
-from logitstore.store.plan import StorePlan, read_plan
+from logitstore.store.plan import StorePlan, check_units_are_planned, read_plan
 from logitstore.store.statistics import StoreStatistics, compute_statistics
 
 __all__ = ["LogitStore", "StoreStatistics"]
@@ -105,6 +105,7 @@ class LogitStore:
                 f"{url}: manifest and plan do not belong together\n  plan of the manifest: "
                 f"{snapshot.plan_fingerprint}\n  plan.json:            {fingerprint}\nrun 'logitstore verify {url}'"
             )
+        check_units_are_planned(files.url, plan, snapshot.units)
         return cls(files, plan, snapshot, retry_waits_seconds)
 
     def __reduce__(self) -> tuple[Any, ...]:

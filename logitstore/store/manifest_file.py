@@ -7,6 +7,7 @@ Parquet bytes, and whoever wants some of its columns has those decoded.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,6 +21,9 @@ from logitstore.shard.layout import FORMAT_VERSION
 from logitstore.store.manifest_table import SCHEMA
 
 _METADATA_KEY = b"logitstore_manifest"
+_NO_DIGEST = b"0" * 64
+# More than any footer takes: its key-value metadata stands at its end.
+_FOOTER_BYTES = 1 << 20
 # Rows decoded at a time by those who go through a manifest: about 40 MB with all columns.
 _ROWS_AT_A_TIME = 131_072
 # Columns whose values repeat; a dictionary of the others is work for nothing.
@@ -42,8 +46,10 @@ class ManifestFile:
         self._where = where
         with self._explain():
             parquet = self._open()
-            header = json.loads(parquet.schema_arrow.metadata[_METADATA_KEY])
+            header = json.loads(parquet.metadata.metadata[_METADATA_KEY])
             version, self.plan_fingerprint = header["format_version"], str(header["plan_fingerprint"])
+            if "sha256" in header or version == FORMAT_VERSION:
+                _check_digest(data, header["sha256"])
         if version != FORMAT_VERSION:
             raise IncompatibleStoreError(
                 f"{where}: format version differs\n  in the manifest: {version}\n"
@@ -99,15 +105,42 @@ class ManifestFile:
 
 def write_manifest_file(tables: Iterable[pa.Table], plan_fingerprint: str, where: str) -> ManifestFile:
     """Ordered rows as Parquet, the same bytes for the same rows however they are cut into tables."""
-    header = {"format_version": FORMAT_VERSION, "plan_fingerprint": plan_fingerprint}
-    schema = SCHEMA.with_metadata({_METADATA_KEY: json.dumps(header).encode()})
+    header = {"format_version": FORMAT_VERSION, "plan_fingerprint": plan_fingerprint, "sha256": _NO_DIGEST.decode()}
     sink = io.BytesIO()
     with pq.ParquetWriter(
-        sink, schema, compression="zstd", write_page_checksum=True, use_dictionary=_REPEATING
+        sink, SCHEMA, compression="zstd", write_page_checksum=True, use_dictionary=_REPEATING
     ) as writer:
         for table in _cut(tables):
-            writer.write_table(table.replace_schema_metadata(schema.metadata), row_group_size=_ROWS_AT_A_TIME)
+            writer.write_table(table.replace_schema_metadata(None), row_group_size=_ROWS_AT_A_TIME)
+        writer.add_key_value_metadata({_METADATA_KEY: json.dumps(header).encode()})
+    view = sink.getbuffer()
+    place = _find_digest(view, _NO_DIGEST)
+    view[place : place + len(_NO_DIGEST)] = hashlib.sha256(view).hexdigest().encode()
+    view.release()
     return ManifestFile(sink.getvalue(), where)
+
+
+def _check_digest(data: bytes, digest: str) -> None:
+    """Hold a manifest to the digest in its metadata: that of its bytes with 64 zeros in the digest's place.
+
+    Raises:
+        ValueError: they differ; Parquet's own checksums leave out footer and page headers.
+    """
+    place, view = _find_digest(data, digest.encode()), memoryview(data)
+    found = hashlib.sha256(view[:place])
+    found.update(_NO_DIGEST)
+    found.update(view[place + len(_NO_DIGEST) :])
+    if found.hexdigest() != digest:
+        raise ValueError(f"bytes that are not the ones that were written: sha256 {found.hexdigest()}, not {digest}")
+
+
+def _find_digest(data: bytes | memoryview, digest: bytes) -> int:
+    """Where in the footer, which is the file's end, the digest stands."""
+    start = max(0, len(data) - _FOOTER_BYTES)
+    place = bytes(data[start:]).rfind(digest)
+    if place < 0 or len(digest) != len(_NO_DIGEST):
+        raise ValueError("a digest that is not in its place")
+    return start + place
 
 
 def _cut(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:

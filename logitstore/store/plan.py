@@ -9,11 +9,12 @@ import hashlib
 import json
 from typing import Any
 
+import numpy as np
 from pydantic import PrivateAttr, ValidationError
 
 from logitstore.corpus.documents import CorpusFile
 from logitstore.corpus.sequences import SequenceSettings
-from logitstore.corpus.units import UnitTable, join_unit_tables
+from logitstore.corpus.units import UnitTable, count_units, join_unit_tables
 from logitstore.errors import IncompatibleStoreError, StoreNotFoundError
 from logitstore.settings import Settings
 from logitstore.shard.layout import FORMAT_VERSION, UnknownScalar
@@ -21,7 +22,7 @@ from logitstore.shard.writer import ShardSettings
 from logitstore.store.create_only import check_create_only, create_or_read_back
 from logitstore.store.extension import PlanExtension, read_extensions
 from logitstore.store.files import StoreFiles
-from logitstore.store.sealed_json import BrokenSealError, seal, unseal
+from logitstore.store.sealed_json import read_sealed, seal
 from logitstore.teacher.protocol import Method, TeacherIdentity
 
 PLAN_PATH = "plan.json"
@@ -75,6 +76,11 @@ class StorePlan(Settings):
     def files(self) -> tuple[CorpusFile, ...]:
         """The whole corpus: the files that the units' spans refer to."""
         return self.corpus.files + tuple(file for extension in self._extensions for file in extension.files)
+
+    @property
+    def num_units(self) -> int:
+        """All units, those of extensions included."""
+        return sum(count_units(part.units) for part in (self, *self._extensions))
 
     def build_unit_table(self) -> UnitTable:
         """All units, those of extensions included."""
@@ -138,16 +144,8 @@ def read_plan(files: StoreFiles) -> StorePlan:
 
 
 def _parse_plan(raw: bytes, url: str) -> StorePlan:
-    seal_trouble: BrokenSealError | None = None
     try:
-        raw = unseal(raw)
-    except BrokenSealError as error:  # another version may seal otherwise, or not at all
-        seal_trouble = error
-    try:
-        values = json.loads(raw)
-        version = values["format_version"]
-        if version == FORMAT_VERSION and seal_trouble is not None:
-            raise seal_trouble
+        values, version = read_sealed(raw)
     except (ValueError, KeyError, TypeError) as error:
         raise IncompatibleStoreError(f"{url}/{PLAN_PATH}: expected a store's plan, found {error!r}") from None
     if version != FORMAT_VERSION:
@@ -171,6 +169,19 @@ def _read_extensions(files: StoreFiles, plan: StorePlan) -> StorePlan:
     num_units = len(plan.build_unit_table())
     plan._extensions = read_extensions(files, plan.compute_fingerprint(), len(plan.corpus.files), num_units)
     return plan
+
+
+def check_units_are_planned(url: str, plan: StorePlan, units: np.ndarray) -> None:
+    """Refuse a store with units that its plan does not have: an extension of the plan has been lost.
+
+    Raises:
+        IncompatibleStoreError: there are such units.
+    """
+    if len(units) and units.max() >= plan.num_units:
+        raise IncompatibleStoreError(
+            f"{url}: expected units below {plan.num_units}, found unit {units.max()}: a plan-<n>.json is missing; "
+            "restore it from a copy of the store"
+        )
 
 
 def create_plan(files: StoreFiles, plan: StorePlan) -> StorePlan:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from logitstore.store.commit import build_commit_path
+from logitstore.store.commit import COMMITS, build_commit_path, list_unit_files
 from logitstore.store.files import StoreFiles
 from logitstore.store.manifest import build_manifest_path, write_manifest
-from logitstore.store.plan import read_plan
+from logitstore.store.plan import check_units_are_planned, read_plan
 from logitstore.store.verify import Verification
 
 
@@ -19,11 +19,15 @@ def repair_store(files: StoreFiles, verification: Verification) -> list[int]:
     Returns the units that have to be captured again.
 
     Raises:
-        IncompatibleStoreError: a program with another format version has written to the store; nothing is changed.
+        IncompatibleStoreError: a program with another format version has written to the store, or a part of its plan is
+            missing; nothing is changed.
         OutsideError: the storage failed; run the repair again.
     """
     damaged = sorted({problem.unit for problem in verification.problems if problem.unit is not None})
-    write_manifest(files, read_plan(files).compute_fingerprint(), rebuild=True, without=damaged)
+    units = list_unit_files(files, COMMITS).units
+    plan = read_plan(files)
+    check_units_are_planned(files.url, plan, units)
+    write_manifest(files, plan.compute_fingerprint(), rebuild=True, without=damaged)
     for unit in damaged:
         files.delete(build_commit_path(unit))
     for problem in verification.problems:

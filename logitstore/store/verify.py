@@ -17,17 +17,19 @@ from logitstore.store.commit import (
     DATA,
     QUARANTINE,
     Commit,
+    build_quarantine_path,
     list_unit_files,
     parse_commit,
     parse_commit_path,
     read_commit_files,
+    read_quarantined_unit,
 )
 from logitstore.store.files import StoreFiles
 from logitstore.store.manifest import Manifest, build_manifest, build_manifest_path, list_manifests, read_manifest
 from logitstore.store.plan import StorePlan, read_plan
 from logitstore.store.shard_check import find_shard_problems
 
-# Shards verified at once: each holds one shard in memory.
+# Shards verified at once unless told: each holds one shard in memory.
 PARALLEL_SHARDS = 2
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -73,30 +75,37 @@ class Verification:
 
 
 def verify_store(
-    files: StoreFiles, *, quick: bool = False, report: Callable[[int, int], None] | None = None
+    files: StoreFiles,
+    *,
+    quick: bool = False,
+    workers: int = PARALLEL_SHARDS,
+    report: Callable[[int, int], None] | None = None,
 ) -> Verification:
     """Check commits, shards and manifests of a store against one another and against the bytes.
 
     Args:
         files: the store.
         quick: only metadata: commits, sizes and manifests; no shard is read.
+        workers: shards read and checked at once, each in memory.
         report: called with (units done, units committed) as the work goes on.
     Raises:
         StoreNotFoundError, IncompatibleStoreError: there is no store to verify, or a program with another format
             version wrote it or a commit in it.
     """
-    plan = read_plan(files)
-    # Before the commits are listed, so that each of its units is among them.
+    read_plan(files)
+    # Manifests before the commits are listed, so that each of their units is among them; the plan after that, so that
+    # it plans each of the units.
     newest, manifest_problems = _read_manifests(files)
     units = list_unit_files(files, COMMITS).units
+    plan = read_plan(files)
     quarantined = np.setdiff1d(list_unit_files(files, QUARANTINE).units, units)
-    check = _UnitCheck(files, plan, quick=quick)
+    check = _UnitCheck(files, plan, quick=quick, workers=workers)
     is_finished = len(units) + len(quarantined) >= check.num_units
     # What was committed since the manifest of a store that is not finished belongs into the next one.
     compared = units if is_finished else newest.units if newest is not None else units[:0]
     sound = check.iterate_sound(units, compared, report or _report_nothing)
     live = build_manifest(files, check.fingerprint, sound)
-    problems = check.problems + manifest_problems
+    problems = check.problems + manifest_problems + list(_find_quarantine_problems(files))
     if not check.problems:  # damaged commits may be unreadable, and the next manifest will be without them
         problems += _find_manifest_problems(files, newest, live, is_finished=is_finished)
     return Verification(
@@ -117,10 +126,10 @@ def _report_nothing(done: int, units: int) -> None:
 class _UnitCheck:
     """A pass over the commits and shards of a store, and what it has found so far."""
 
-    def __init__(self, files: StoreFiles, plan: StorePlan, *, quick: bool) -> None:
-        self._files, self._plan, self._quick = files, plan, quick
+    def __init__(self, files: StoreFiles, plan: StorePlan, *, quick: bool, workers: int) -> None:
+        self._files, self._plan, self._quick, self._workers = files, plan, quick, workers
         self.fingerprint = plan.compute_fingerprint()
-        self.num_units = len(plan.build_unit_table())
+        self.num_units = plan.num_units
         self._sizes = {file.name: file.bytes for file in files.list(DATA)}
         self.records = self.positions = self.bytes = 0
         self.problems: list[Problem] = []
@@ -132,8 +141,11 @@ class _UnitCheck:
         is_compared = np.zeros(self.num_units, dtype=bool)
         is_compared[compared[compared < self.num_units]] = True
         paths_and_data = read_commit_files(self._files, units)
-        with ThreadPoolExecutor(PARALLEL_SHARDS) as pool:
-            checked = map(self._check, paths_and_data) if self._quick else _map_ahead(pool, self._check, paths_and_data)
+        with ThreadPoolExecutor(self._workers) as pool:
+            if self._quick:
+                checked = map(self._check, paths_and_data)
+            else:
+                checked = _map_ahead(pool, self._check, paths_and_data, ahead=2 * self._workers)
             for done, (commit, found) in enumerate(checked, start=1):
                 self.problems.extend(found)
                 if commit is not None and not found:
@@ -150,6 +162,10 @@ class _UnitCheck:
         unit = parse_commit_path(path)
         repair = f"run 'logitstore verify {self._files.url} --repair'"
 
+        if unit >= self.num_units:
+            what = f"expected units below {self.num_units}, found unit {unit}: a plan-<n>.json is missing"
+            return None, [Problem(path=path, what=what, what_to_do="restore it from a copy of the store")]
+
         def problem(where: str, what: str) -> Problem:
             mend = f"{repair}, then 'logitstore capture' to capture unit {unit} again"
             return Problem(path=where, what=what, what_to_do=mend, unit=unit)
@@ -158,7 +174,7 @@ class _UnitCheck:
             commit = self._parse(path, data)
         except (CorruptShardError, FileNotFoundError) as error:
             return None, [problem(path, str(error))]
-        found = [problem(path, what) for what in _find_commit_problems(commit, self.fingerprint, unit, self.num_units)]
+        found = [problem(path, what) for what in _find_commit_problems(commit, self.fingerprint, unit)]
         if commit.file is None or commit.shard is None or found:
             return commit, found
         return commit, [
@@ -183,25 +199,23 @@ class _UnitCheck:
 
 
 def _map_ahead(
-    pool: ThreadPoolExecutor, function: Callable[[_Item], _Result], items: Iterable[_Item]
+    pool: ThreadPoolExecutor, function: Callable[[_Item], _Result], items: Iterable[_Item], *, ahead: int
 ) -> Iterator[_Result]:
     """As `pool.map`, but takes an item only when a result is taken: a store may have a million."""
     waiting: deque[Future[_Result]] = deque()
     for item in items:
         waiting.append(pool.submit(function, item))
-        if len(waiting) > 2 * PARALLEL_SHARDS:
+        if len(waiting) > ahead:
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
 
 
-def _find_commit_problems(commit: Commit, fingerprint: str, unit: int, num_units: int) -> Iterator[str]:
+def _find_commit_problems(commit: Commit, fingerprint: str, unit: int) -> Iterator[str]:
     if commit.plan_fingerprint != fingerprint:
         yield f"belongs to another plan\n  in the commit: {commit.plan_fingerprint}\n  in plan.json:  {fingerprint}"
     if commit.unit != unit:
         yield f"expected the commit of unit {unit}, found that of unit {commit.unit}"
-    if unit >= num_units:
-        yield f"expected units below {num_units}, found unit {unit}"
     if (imbalance := commit.find_imbalance()) is not None:
         yield f"documents do not add up: {imbalance}"
 
@@ -223,6 +237,17 @@ def _read_manifests(files: StoreFiles) -> tuple[Manifest | None, list[Problem]]:
         except StoreNotFoundError:  # removed by a repair since it was listed
             continue
     return newest, problems
+
+
+def _find_quarantine_problems(files: StoreFiles) -> Iterator[Problem]:
+    for unit in list_unit_files(files, QUARANTINE).units.tolist():
+        try:
+            read_quarantined_unit(files, unit)
+        except FileNotFoundError:  # a capture that tries it again has deleted it since
+            continue
+        except CorruptShardError as error:
+            path = build_quarantine_path(unit)
+            yield Problem(path=path, what=str(error), what_to_do="delete it, and 'logitstore capture' tries the unit")
 
 
 def _find_manifest_problems(

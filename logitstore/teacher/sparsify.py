@@ -15,6 +15,9 @@ _LOWEST_EXPONENT = -150.0
 # Below the maximum by more than this, a tail is summed around its own maximum: float32 exponentials lose digits from
 # -87 on, and what lies 37 below the tail's maximum does not count.
 _DEEP_TAIL = 50.0
+# Some models mask ids with finite numbers, float32's lowest for one. No logit that is meant lies so far below the
+# others, and no codec need hold such values.
+_MASKED_NATS = 1e4
 
 
 class InvalidLogitsError(TeacherError):
@@ -65,6 +68,7 @@ def sparsify(logits_RV: torch.Tensor, next_ids: torch.Tensor, method: Method) ->
     # One more than is kept, since that is the maximum of the tail.
     top_logits, top_ids = torch.topk(logits_RV, min(k + 1, logits_RV.shape[-1]), dim=-1)
     ids, maximum = top_ids[:, :k], top_logits[:, :1]
+    top_logits = _drop_masked(top_logits, maximum)
     slot_exponents = top_logits[:, :k] - maximum
     slot_masses = slot_exponents.exp()
     rest_exponents_RV = (logits_RV - maximum).clamp_(min=_LOWEST_EXPONENT)
@@ -91,8 +95,13 @@ def sparsify(logits_RV: torch.Tensor, next_ids: torch.Tensor, method: Method) ->
         logprobs=logprobs,
         tail_logprob=log_tail - log_sum,
         entropy=(log_sum - weighted / log_sum.exp()).clamp_(min=0.0),
-        next_token_logprob=(logits_RV.gather(1, next_ids[:, None]) - maximum)[:, 0] - log_sum,
+        next_token_logprob=(_drop_masked(logits_RV.gather(1, next_ids[:, None]), maximum) - maximum)[:, 0] - log_sum,
     )
+
+
+def _drop_masked(logits: torch.Tensor, maximum: torch.Tensor) -> torch.Tensor:
+    """Logits so far below the row's maximum that only a mask puts them there become -inf; their mass is 0 anyway."""
+    return logits.masked_fill(logits < maximum - _MASKED_NATS, -math.inf)
 
 
 def _count_support(logprobs: torch.Tensor, method: Method) -> torch.Tensor:

@@ -86,7 +86,7 @@ def test_levels_meet_where_the_scale_changes() -> None:
 
 
 def test_every_level_is_encoded_as_itself() -> None:
-    """Reading a shard and writing what was read changes nothing."""
+    """Before rescaling, that is: nearest means nearest."""
     levels = np.arange(1500)
     np.testing.assert_array_equal(compute_levels(compute_level_logprobs(levels).astype(np.float32)), levels)
 

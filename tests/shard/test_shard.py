@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -261,3 +262,38 @@ def test_footer_of_another_parquet_file_is_refused(tmp_path: Path) -> None:
 def _write(folder: Path) -> Path:
     write_shard(folder / "a.parquet", build_records(2), header(Float32Codec()), ShardSettings(codec=Float32Codec()))
     return folder / "a.parquet"
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.kind)
+@pytest.mark.parametrize(
+    ("column", "change"),
+    [
+        ("support_counts", lambda lists: [[count + 1 for count in counts] for counts in lists]),
+        ("support_counts", lambda lists: [[-1, *counts[1:]] for counts in lists]),
+        ("support_ids", lambda lists: [ids[:-1] for ids in lists]),
+        ("tail_logprob", lambda lists: [values[:-1] for values in lists]),
+        ("document_starts", lambda lists: [[] for _ in lists]),
+        ("entropy", None),
+    ],
+)
+def test_shard_whose_columns_do_not_fit_together_is_damaged_and_never_a_crash(
+    column: str, change: Callable[[list[list[int]]], list[list[int]]] | None, codec: Codec, tmp_path: Path
+) -> None:
+    """As other software might write it: sound Parquet, and columns that contradict one another."""
+    write_shard(tmp_path / "a.parquet", build_records(4), header(codec), ShardSettings(codec=codec))
+    table = pq.read_table(tmp_path / "a.parquet")
+    place = table.column_names.index(column)
+    if change is None:
+        table = table.remove_column(place)
+    else:
+        values = pa.array(change(table[column].to_pylist()), table.schema.field(column).type)
+        table = table.set_column(place, table.schema.field(column), values)
+    pq.write_table(table, tmp_path / "b.parquet")
+    data = (tmp_path / "b.parquet").read_bytes()
+    metadata, shard_header = read_footer(data, "test")
+    try:
+        batch = _decode(metadata, shard_header, 0, 0, data)
+    except CorruptShardError as error:
+        assert "row group 0 cannot be decoded" in str(error)  # noqa: PT017  # which of the two is up to the column
+    else:
+        assert list(find_violations(batch, shard_header))

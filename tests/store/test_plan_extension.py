@@ -17,6 +17,7 @@ from logitstore.corpus.files import CorpusSettings
 from logitstore.corpus.units import UnitTable
 from logitstore.errors import IncompatibleStoreError
 from logitstore.planning import CaptureSettings, find_new_files, open_plan
+from logitstore.store import verify
 from logitstore.store.commit import Outcome, build_attempt, build_commit_path, commit_unit
 from logitstore.store.extension import PlanExtension, build_extension_path, create_extension
 from logitstore.store.files import StoreFiles
@@ -24,6 +25,7 @@ from logitstore.store.garbage import find_garbage
 from logitstore.store.logit_store import LogitStore
 from logitstore.store.manifest import list_manifests, write_manifest
 from logitstore.store.plan import PLAN_PATH, StorePlan, create_plan, read_plan
+from logitstore.store.repair import repair_store
 from logitstore.store.sealed_json import unseal
 from logitstore.store.verify import verify_store
 from logitstore.stream.iterator import RecordStream
@@ -263,6 +265,49 @@ def test_capture_that_was_killed_before_its_extension_leaves_the_store_as_it_was
     assert read_plan(files).files == before.files
     added = find_new_files(files.url, before, write_corpus("a.txt", "b.txt"), build_identity(), extend=True)
     assert [Path(file.path).name for file in added] == ["b.txt"]
+
+
+def test_store_whose_extension_is_lost_is_neither_read_nor_repaired_nor_extended(
+    write_corpus: WriteCorpus, tmp_path: Path
+) -> None:
+    files = StoreFiles(str(tmp_path / "store"))
+    open_with(write_corpus("a.txt"))
+    plan = open_with(write_corpus("a.txt", "b.txt"), extend=True)
+    for unit in range(2):
+        commit_unit(files, put_shard(files, plan, unit, build_records(2, unit=unit), "a", tmp_path))
+    write_manifest(files, plan.compute_fingerprint())
+    extension = files.read(build_extension_path(2))
+    files.delete(build_extension_path(2))
+    verification = verify_store(files)
+    assert [problem.unit for problem in verification.problems] == [None]
+    assert "restore it" in verification.problems[0].what_to_do
+    for act in (
+        lambda: LogitStore.open(files.url),
+        lambda: repair_store(files, verification),
+        lambda: open_with(write_corpus("a.txt", "c.txt"), extend=True),
+    ):
+        with pytest.raises(IncompatibleStoreError, match=r"found unit 1: a plan-<n>\.json is missing"):
+            act()
+    files.put(build_extension_path(2), extension)
+    assert verify_store(files).is_clean
+    assert len(LogitStore.open(files.url)) == 4
+
+
+def test_verify_beside_a_capture_that_extends_the_store_blames_no_unit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = StoreFiles(str(tmp_path / "store"))
+    capture_units(files, create_plan(files, build_plan(2)), range(2), tmp_path)
+    listed = verify.list_unit_files
+
+    def extend_first(*arguments: Any) -> Any:
+        if not read_plan(files).extensions:
+            plan = grow(files, 1)
+            commit_unit(files, put_shard(files, plan, 2, build_records(2, unit=2), "a", tmp_path))
+        return listed(*arguments)
+
+    monkeypatch.setattr(verify, "list_unit_files", extend_first)
+    assert [problem.unit for problem in verify_store(files).problems] in ([], [None])  # the manifest may be behind
 
 
 class KilledError(BaseException):

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from made_up import build_plan, build_records, put_shard
 
-from logitstore.errors import CorruptShardError, LogitStoreError
+from logitstore.errors import CorruptShardError, IncompatibleStoreError
 from logitstore.store.commit import QuarantinedUnit, build_commit_path, commit_unit, quarantine_unit, read_quarantine
 from logitstore.store.files import StoreFiles
 from logitstore.store.manifest import take_snapshot, write_manifest
 from logitstore.store.plan import PLAN_PATH, create_plan, read_plan
+from logitstore.store.repair import repair_store
 from logitstore.store.sealed_json import BrokenSealError, seal, unseal
 from logitstore.store.verify import verify_store
 
@@ -52,7 +53,7 @@ def test_every_flipped_bit_breaks_the_seal() -> None:
         ("quarantine/0000001.json", read_quarantine),
     ],
 )
-def test_every_flipped_bit_of_an_object_is_an_error_of_the_project(
+def test_bits_flipped_all_over_an_object_are_errors_that_name_it(
     path: str, read: Callable[[StoreFiles], object], files: StoreFiles
 ) -> None:
     whole = files.read(path)
@@ -60,8 +61,9 @@ def test_every_flipped_bit_of_an_object_is_an_error_of_the_project(
         flipped = bytearray(whole)
         flipped[place] ^= 1 << (place // 13 % 8)
         files.put(path, bytes(flipped))
-        with pytest.raises(LogitStoreError, match=path.replace(".", r"\.")):
+        with pytest.raises((CorruptShardError, IncompatibleStoreError), match=path.replace(".", r"\.")) as caught:
             read(files)
+        assert "install a logitstore" not in str(caught.value)
     files.put(path, whole)
     read(files)
 
@@ -75,6 +77,21 @@ def test_commit_with_a_changed_count_is_found_by_verify_though_it_still_adds_up(
     [problem] = verify_store(files).problems
     assert (problem.unit, problem.path) == (0, path)
     assert "not the ones that were written" in problem.what
+
+
+def test_commit_whose_version_flipped_is_damaged_and_repaired(files: StoreFiles) -> None:
+    path = build_commit_path(0)
+    files.put(path, files.read(path).replace(b'"format_version":1', b'"format_version":0'))
+    verification = verify_store(files)
+    assert [problem.unit for problem in verification.problems] == [0]
+    assert repair_store(files, verification) == [0]
+
+
+def test_damaged_quarantine_record_is_found_by_verify(files: StoreFiles) -> None:
+    files.put("quarantine/0000001.json", b"{}")
+    [problem] = verify_store(files).problems
+    assert (problem.path, problem.unit) == ("quarantine/0000001.json", None)
+    assert "delete it" in problem.what_to_do
 
 
 def test_commit_damaged_on_the_way_is_read_once_more(files: StoreFiles, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -152,3 +154,15 @@ def test_sparsify_does_not_change_its_input() -> None:
     before = logits.clone()
     sparsify(logits, next_ids, TopKMethod(k=3))
     assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("mask", [-30_000.0, torch.finfo(torch.float32).min, -math.inf])
+def test_ids_that_a_model_masks_enter_no_support_whatever_number_masks_them(mask: float) -> None:
+    logits = torch.randn(4, 12, generator=torch.Generator().manual_seed(0))
+    logits[:, 3:] = mask
+    rows = sparsify(logits, torch.tensor([0, 1, 5, 11]), TopKMethod(k=8))
+    assert rows.counts.tolist() == [3] * 4
+    assert rows.tail_logprob.tolist() == [-math.inf] * 4
+    assert rows.next_token_logprob[2:].tolist() == [-math.inf] * 2
+    assert rows.next_token_logprob[:2].isfinite().all()
+    assert rows.entropy.isfinite().all()

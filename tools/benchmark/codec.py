@@ -13,8 +13,6 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import numpy as np
-
     from logitstore.records import Record, RecordBatch
     from logitstore.shard.layout import ShardHeader
     from logitstore.shard.summary import ShardSummary
@@ -175,7 +173,7 @@ def measure_codecs(records: list[Record], vocab_size: int, codecs: tuple[object,
         return [
             _build_figures(
                 records,
-                name,
+                Path(folder, name),
                 summaries[name],
                 read_shard(Path(folder, name), summaries[name]),
                 encode_rate=format_rate(positions, timings[f"{name} write"]),
@@ -202,7 +200,7 @@ def read_shard(path: Path, summary: ShardSummary) -> list[RecordBatch]:
 
 
 def _build_figures(
-    records: list[Record], name: str, summary: ShardSummary, batches: list[RecordBatch], **rates: str
+    records: list[Record], path: Path, summary: ShardSummary, batches: list[RecordBatch], **rates: str
 ) -> CodecFigures:
     import numpy as np
 
@@ -221,10 +219,10 @@ def _build_figures(
         for column, size in group.column_bytes.items():
             columns[column] = columns.get(column, 0.0) + size / summary.positions
     return CodecFigures(
-        codec=name,
+        codec=path.name,
         bytes_per_position=summary.bytes / summary.positions,
         columns=columns,
-        bound_bytes=sum(_compute_bound(batches, column) for column in columns) / 8 / summary.positions,
+        bound_bytes=sum(_compute_bound(path, column) for column in columns) / 8 / summary.positions,
         mean_kl=float(kl.mean()),
         high_kl=float(np.percentile(kl, 99.9)),
         largest_error=max(errors),
@@ -232,20 +230,14 @@ def _build_figures(
     )
 
 
-def _compute_bound(batches: list[RecordBatch], column: str) -> float:
+def _compute_bound(path: Path, column: str) -> float:
     """Bits of a column's symbols at their order-0 entropy; 0 for columns that name documents and records."""
-    import numpy as np
+    import pyarrow.parquet as pq
 
-    from logitstore.shard.compact import encode_supports
+    from logitstore.shard.layout import SPLIT_COLUMNS
     from tools.benchmark.signals import compute_entropy_bits
 
-    def collect(name: str) -> np.ndarray:
-        return np.concatenate([getattr(batch, name) for batch in batches])
-
-    if column == "support_steps":
-        symbols = encode_supports(collect("support_ids"), collect("support_logprobs"), collect("support_counts"))[1]
-    elif column in ("token_ids", "support_ids", "support_logprobs", "tail_logprob", "entropy", "next_token_logprob"):
-        symbols = collect(column)
-    else:
+    if column not in SPLIT_COLUMNS:
         return 0.0
+    symbols = pq.read_table(path, columns=[column])[column].combine_chunks().flatten().to_numpy()
     return compute_entropy_bits(symbols) * len(symbols)
