@@ -233,8 +233,7 @@ def view_position(record: Record, position: int, find_text: FindText, top: int) 
 
 
 def _find_entropy(record: Record, position: int) -> float | None:
-    entropy = float(record.signal.entropy[position])
-    return None if math.isnan(entropy) else entropy
+    return None if math.isnan(entropy := float(record.signal.entropy[position])) else entropy
 
 
 def cut_text(record: Record, chosen: range, find_text: FindText) -> Iterator[TextPiece]:
