@@ -125,15 +125,18 @@ class Export:
         statistics = store.compute_statistics()
         self.layout = build_layout(self.settings, has_labels=statistics.taught_positions < statistics.positions)
         self.units: list[int] = np.unique(store.row_group_units).tolist()
-        self._claim_folder()
+        self._is_claimed = False
+        self._check_folder()
 
     def write(self, report: Callable[[int, int], None]) -> int:
         """Write the units that are not there yet; returns how many that were.
 
+        The folder is claimed when the first unit is ready: one that the layout cannot hold leaves it to other settings.
+
         Args:
             report: called with (units done, units).
         Raises:
-            ConfigError: the layout cannot hold a record.
+            ConfigError: the layout cannot hold a record, or another export has claimed the folder meanwhile.
             CorruptShardError, OutsideError: the store cannot be read, or the folder not be written to.
         """
         present = {file.name for file in self.folder.list(DATA)}
@@ -143,6 +146,7 @@ class Export:
                 self._write_unit(unit)
                 written += 1
             report(done, len(self.units))
+        self._claim_folder()  # where nothing was left to write
         return written
 
     def get_path(self, unit: int) -> str:
@@ -154,8 +158,8 @@ class Export:
         first, last = np.searchsorted(self.store.row_group_units, [unit, unit + 1])
         return range(int(first), int(last))
 
-    def _claim_folder(self) -> None:
-        description = ExportDescription(
+    def _describe(self) -> ExportDescription:
+        return ExportDescription(
             store=self.store.url,
             plan_fingerprint=self.store.manifest.plan_fingerprint,
             manifest_fingerprint=self.store.fingerprint,
@@ -164,21 +168,38 @@ class Export:
             vocab_size=self.store.plan.teacher.vocab_size,
             settings=self.settings,
         )
+
+    def _check_folder(self) -> None:
         names = [file.name for file in [*self.folder.list(""), *self.folder.list(DATA)]]
-        if names and DESCRIPTION_PATH not in names:
+        if DESCRIPTION_PATH in names:
+            self._check_description()
+        elif names:
             raise ConfigError(
                 f"{self.folder.url}: expected an empty folder or a part of this export, found {names[0]!r}; give "
                 "another folder"
             )
+
+    def _check_description(self) -> None:
+        found = json.loads(self.folder.read(DESCRIPTION_PATH))
+        differences = list(_list_differences(found, self._describe().model_dump(mode="json")))
+        if differences:
+            advice = "give another folder"
+            if not self.folder.list(DATA):
+                advice += ", or empty this one if that export is not running: it has written no data"
+            raise ConfigError("\n".join([f"{self.folder.url}: holds another export; {advice}", *differences]))
+
+    def _claim_folder(self) -> None:
+        if self._is_claimed:
+            return
+        description = self._describe()
         data = json.dumps(description.model_dump(mode="json"), indent=1).encode()
         if not create_or_read_back(self.folder, DESCRIPTION_PATH, data, lambda found: _is_same(found, description)):
-            found = json.loads(self.folder.read(DESCRIPTION_PATH))
-            listed = "\n".join(_list_differences(found, description.model_dump(mode="json")))
-            raise ConfigError(f"{self.folder.url}: holds another export; give another folder\n{listed}")
+            self._check_description()
         if self.settings.compression is not None:
             # Under the name and with the keys that DistillKit's own sampler leaves beside its data.
             config = self.settings.compression.model_dump(mode="json")
             self.folder.put(COMPRESSION_PATH, yaml.safe_dump(config).encode())
+        self._is_claimed = True
 
     def _write_unit(self, unit: int) -> None:
         with tempfile.TemporaryDirectory(prefix="logitstore-") as folder:
@@ -192,6 +213,7 @@ class Export:
             finally:
                 if writer is not None:
                     writer.close()
+            self._claim_folder()
             self.folder.put_file(self.get_path(unit), spilled)
 
 

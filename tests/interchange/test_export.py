@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,7 @@ from interchange.made_up_data import export_store, ignore, list_supports, read_r
 from logitstore.errors import ConfigError
 from logitstore.interchange.distillkit_codec import CompressionConfig, decompress_logprobs, unpack_ids
 from logitstore.interchange.export_check import check_export
-from logitstore.interchange.exporting import Export, ExportSettings
 from logitstore.settings import build_settings
-from logitstore.store.files import StoreFiles
 from logitstore.store.logit_store import LogitStore
 
 BuildStore = Callable[..., LogitStore]
@@ -199,38 +196,6 @@ def test_check_of_a_damaged_file_counts_what_is_off_and_says_where(build_store: 
     assert agreement.largest_error == pytest.approx(0.25, abs=1e-6)
     assert agreement.first_beyond_bound is not None
     assert agreement.first_beyond_bound.startswith(f"{path}#2, position 0: expected -")
-
-
-def test_export_that_was_stopped_goes_on_with_the_files_that_are_missing(
-    build_store: BuildStore, tmp_path: Path
-) -> None:
-    store = build_store()
-    export_store(store, tmp_path / "out", layout="distillkit")
-    path = tmp_path / "out/data/train-0000001.parquet"
-    before = {file.name: file.stat().st_mtime_ns for file in path.parent.iterdir()}
-    content = path.read_bytes()
-    path.unlink()
-    again = Export(store, StoreFiles(str(tmp_path / "out")), ExportSettings(layout="distillkit"))
-    assert again.write(ignore) == 1
-    assert path.read_bytes() == content
-    after = {file.name: file.stat().st_mtime_ns for file in path.parent.iterdir()}
-    assert {name for name in before if before[name] != after[name]} == {path.name}
-
-
-def test_export_into_a_folder_with_another_export_prints_both_sides(build_store: BuildStore, tmp_path: Path) -> None:
-    store = build_store()
-    export_store(store, tmp_path / "out", layout="distillkit")
-    with pytest.raises(ConfigError, match=r"holds another export(.|\n)*settings in the folder: .*'distillkit'"):
-        export_store(store, tmp_path / "out", layout="axolotl")
-    assert json.loads((tmp_path / "out/export.json").read_text())["settings"]["layout"] == "distillkit"
-
-
-def test_export_into_a_folder_with_something_else_is_refused(build_store: BuildStore, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/thesis.tex").write_text("x")
-    with pytest.raises(ConfigError, match=r"expected an empty folder or a part of this export, found 'thesis.tex'"):
-        export_store(build_store(), tmp_path / "out", layout="distillkit")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
 
 
 @pytest.mark.parametrize(
