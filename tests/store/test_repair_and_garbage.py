@@ -72,23 +72,38 @@ def files(tmp_path: Path) -> StoreFiles:
     return files
 
 
-def flip(path: Path, place: int) -> None:
-    data = bytearray(path.read_bytes())
+@pytest.fixture
+def stored(store_url: str, tmp_path: Path) -> StoreFiles:
+    """The same store as `files`, on every kind of storage."""
+    files = StoreFiles(store_url)
+    capture_all(files, "first", tmp_path)
+    return files
+
+
+def flip(files: StoreFiles, path: str, place: int) -> None:
+    data = bytearray(files.read(path))
     data[place] ^= 4
-    path.write_bytes(data)
+    files.put(path, bytes(data))
 
 
 def damage_unit(files: StoreFiles, unit: int) -> None:
-    flip(Path(files.url, str(read_commit(files, unit).file)), 500)
+    flip(files, str(read_commit(files, unit).file), 500)
 
 
 def read_units(files: StoreFiles) -> set[int]:
     return {record.address.unit for record in LogitStore.open(files.url)}
 
 
-def test_repair_killed_before_any_change_never_leaves_a_manifest_of_what_is_not_committed(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "store_url",
+    ["file", "memory", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("s3", "gcs", "azure"))],
+    indirect=True,
+)
+def test_repair_killed_before_any_change_never_leaves_a_manifest_of_what_is_not_committed(
+    store_url: str, tmp_path: Path
+) -> None:
     for changes in range(10):
-        url = str(tmp_path / f"store-{changes}")
+        url = f"{store_url}/{changes}"
         files = StoreFiles(url)
         capture_all(files, "first", tmp_path)
         damage_unit(files, 0)
@@ -125,31 +140,30 @@ def test_repair_mends_a_manifest_that_lists_an_attempt_whose_commit_was_replaced
     assert read_manifest(files).read_units("attempt")["attempt"].to_pylist() == ["first", "second", "first"]
 
 
-def test_damaged_older_manifest_is_found_and_removed_by_repair(files: StoreFiles, tmp_path: Path) -> None:
-    damage_unit(files, 1)
-    repair_store(files, verify_store(files))
-    flip(Path(files.url, "manifest-000001.parquet"), 4)
-    flip(Path(files.url, "manifest-000001.parquet"), -6)
-    [problem] = verify_store(files).problems
+def test_damaged_older_manifest_is_found_and_removed_by_repair(stored: StoreFiles) -> None:
+    damage_unit(stored, 1)
+    repair_store(stored, verify_store(stored))
+    flip(stored, "manifest-000001.parquet", 4)
+    flip(stored, "manifest-000001.parquet", -6)
+    [problem] = verify_store(stored).problems
     assert (problem.path, problem.damaged_manifest) == ("manifest-000001.parquet", 1)
-    repair_store(files, verify_store(files))
-    assert list_manifests(files) == [2]
-    assert verify_store(files).is_clean
+    repair_store(stored, verify_store(stored))
+    assert list_manifests(stored) == [2]
+    assert verify_store(stored).is_clean
 
 
 def test_garbage_is_unknown_while_a_manifest_is_damaged_and_is_found_after_the_repair(
-    files: StoreFiles, tmp_path: Path
+    stored: StoreFiles, tmp_path: Path
 ) -> None:
-    orphan = put(files, 0, "orphan", tmp_path)
-    manifest = Path(files.url, "manifest-000001.parquet")
-    manifest.write_bytes(manifest.read_bytes()[:-9])
+    orphan = put(stored, 0, "orphan", tmp_path)
+    stored.put("manifest-000001.parquet", stored.read("manifest-000001.parquet")[:-9])
     now = 2e10
     with pytest.raises(
         CorruptShardError, match=r"manifest-000001(.|\n)*--repair', which removes it: .*nothing is dele"
     ):
-        find_garbage(files, now=now)
-    repair_store(files, verify_store(files))
-    assert [item.path for item in find_garbage(files, now=now)] == [orphan.file]
+        find_garbage(stored, now=now)
+    repair_store(stored, verify_store(stored))
+    assert [item.path for item in find_garbage(stored, now=now)] == [orphan.file]
 
 
 def test_repair_of_a_store_with_a_newer_programs_commit_changes_nothing(files: StoreFiles) -> None:
@@ -189,8 +203,8 @@ def test_what_killed_writes_left_is_garbage_after_the_grace_period(
     assert verify_store(files).is_clean
 
 
-def test_verification_counts_quarantined_units_apart(tmp_path: Path) -> None:
-    files = StoreFiles(str(tmp_path / "store"))
+def test_verification_counts_quarantined_units_apart(store_url: str, tmp_path: Path) -> None:
+    files = StoreFiles(store_url)
     plan = create_plan(files, build_plan(3))
     for unit in (0, 1):
         commit_unit(files, put(files, unit, "a", tmp_path))

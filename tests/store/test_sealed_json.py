@@ -22,7 +22,16 @@ from logitstore.store.verify import verify_store
 @pytest.fixture
 def files(tmp_path: Path) -> StoreFiles:
     """A store with a plan, a commit, a quarantine record and a manifest."""
-    files = StoreFiles(str(tmp_path / "store"))
+    return fill(StoreFiles(str(tmp_path / "store")), tmp_path)
+
+
+@pytest.fixture
+def stored(store_url: str, tmp_path: Path) -> StoreFiles:
+    """The same store on every kind of storage."""
+    return fill(StoreFiles(store_url), tmp_path)
+
+
+def fill(files: StoreFiles, tmp_path: Path) -> StoreFiles:
     plan = create_plan(files, build_plan(2))
     commit_unit(files, put_shard(files, plan, 0, build_records(2), "a", tmp_path))
     quarantine_unit(files, QuarantinedUnit(unit=1, attempts=3, error="it failed"))
@@ -68,33 +77,33 @@ def test_bits_flipped_all_over_an_object_are_errors_that_name_it(
     read(files)
 
 
-def test_commit_with_a_changed_count_is_found_by_verify_though_it_still_adds_up(files: StoreFiles) -> None:
+def test_commit_with_a_changed_count_is_found_by_verify_though_it_still_adds_up(stored: StoreFiles) -> None:
     path = build_commit_path(0)
-    text = files.read(path).decode()
+    text = stored.read(path).decode()
     assert '"documents":2,"recorded_documents":2' in text
     changed = text.replace('"documents":2,"recorded_documents":2', '"documents":3,"recorded_documents":3')
-    files.put(path, changed.encode())
-    [problem] = verify_store(files).problems
+    stored.put(path, changed.encode())
+    [problem] = verify_store(stored).problems
     assert (problem.unit, problem.path) == (0, path)
     assert "not the ones that were written" in problem.what
 
 
-def test_commit_whose_version_flipped_is_damaged_and_repaired(files: StoreFiles) -> None:
+def test_commit_whose_version_flipped_is_damaged_and_repaired(stored: StoreFiles) -> None:
     path = build_commit_path(0)
-    files.put(path, files.read(path).replace(b'"format_version":1', b'"format_version":0'))
-    verification = verify_store(files)
+    stored.put(path, stored.read(path).replace(b'"format_version":1', b'"format_version":0'))
+    verification = verify_store(stored)
     assert [problem.unit for problem in verification.problems] == [0]
-    assert repair_store(files, verification) == [0]
+    assert repair_store(stored, verification) == [0]
 
 
-def test_damaged_quarantine_record_is_found_by_verify(files: StoreFiles) -> None:
-    files.put("quarantine/0000001.json", b"{}")
-    [problem] = verify_store(files).problems
+def test_damaged_quarantine_record_is_found_by_verify(stored: StoreFiles) -> None:
+    stored.put("quarantine/0000001.json", b"{}")
+    [problem] = verify_store(stored).problems
     assert (problem.path, problem.unit) == ("quarantine/0000001.json", None)
     assert "delete it" in problem.what_to_do
 
 
-def test_commit_damaged_on_the_way_is_read_once_more(files: StoreFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commit_damaged_on_the_way_is_read_once_more(stored: StoreFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     read, path = StoreFiles.read, build_commit_path(0)
     reads: list[str] = []
 
@@ -103,19 +112,19 @@ def test_commit_damaged_on_the_way_is_read_once_more(files: StoreFiles, monkeypa
         reads.append(name)
         return data.replace(b'"documents":2', b'"documents":9') if reads.count(name) == 1 and name == path else data
 
-    fingerprint = read_plan(files).compute_fingerprint()
+    fingerprint = read_plan(stored).compute_fingerprint()
     monkeypatch.setattr(StoreFiles, "read", flip_first)
-    assert take_snapshot(files, fingerprint, None).units.tolist() == [0]
+    assert take_snapshot(stored, fingerprint, None).units.tolist() == [0]
     reads.clear()
-    assert verify_store(files).is_clean
+    assert verify_store(stored).is_clean
     with monkeypatch.context() as patched:
         patched.setattr(StoreFiles, "read", lambda self, name, *_: read(self, name).replace(b":2,", b":3,"))
         with pytest.raises(CorruptShardError, match=r"0000000\.json"):
-            take_snapshot(files, fingerprint, None)
+            take_snapshot(stored, fingerprint, None)
 
 
 def test_shard_damaged_on_the_way_is_read_once_more_before_it_is_called_damaged(
-    files: StoreFiles, monkeypatch: pytest.MonkeyPatch
+    stored: StoreFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = StoreFiles.read
     damaged: list[str] = []
@@ -128,5 +137,5 @@ def test_shard_damaged_on_the_way_is_read_once_more_before_it_is_called_damaged(
         return data
 
     monkeypatch.setattr(StoreFiles, "read", flip_first)
-    assert verify_store(files).is_clean
+    assert verify_store(stored).is_clean
     assert damaged

@@ -26,8 +26,8 @@ def capture_all(files: StoreFiles, folder: Path, attempt: str) -> None:
     write_manifest(files, plan.compute_fingerprint())
 
 
-def test_damaged_row_group_is_the_only_one_complained_about(tmp_path: Path) -> None:
-    files = StoreFiles(str(tmp_path / "store"))
+def test_damaged_row_group_is_the_only_one_complained_about(store_url: str, tmp_path: Path) -> None:
+    files = StoreFiles(store_url)
     plan = create_plan(files, build_plan(1))
     records = build_records(30, vocab_size=VOCAB_SIZE)
     commit = put_shard(files, plan, 0, records, "a", tmp_path)
@@ -35,25 +35,27 @@ def test_damaged_row_group_is_the_only_one_complained_about(tmp_path: Path) -> N
     assert len(commit.shard.row_groups) > 2
     commit_unit(files, commit)
     write_manifest(files, plan.compute_fingerprint())
-    flip(tmp_path / "store" / str(commit.file), commit.shard.row_groups[1].offset + 20)
+    flip(files, str(commit.file), commit.shard.row_groups[1].offset + 20)
     [problem] = verify_store(files).problems
     assert problem.what.startswith("row group 1: ")
 
 
-def flip(path: Path, place: int) -> None:
-    data = bytearray(path.read_bytes())
+def flip(files: StoreFiles, path: str, place: int) -> None:
+    data = bytearray(files.read(path))
     data[place] ^= 4
-    path.write_bytes(data)
+    files.put(path, bytes(data))
 
 
 @pytest.mark.parametrize(
     ("place", "what"),
     [(2, "outside row groups and footer"), (500, "row group 0: the bytes"), (-30, "footer: the bytes")],
 )
-def test_verify_names_unit_file_and_part_of_a_flipped_bit(tmp_path: Path, place: int, what: str) -> None:
-    files = StoreFiles(str(tmp_path / "store"))
+def test_verify_names_unit_file_and_part_of_a_flipped_bit(
+    store_url: str, tmp_path: Path, place: int, what: str
+) -> None:
+    files = StoreFiles(store_url)
     capture_all(files, tmp_path, "a")
-    flip(tmp_path / "store" / read_commit(files, 1).file, place)  # type: ignore[operator]
+    flip(files, str(read_commit(files, 1).file), place)
     [problem] = verify_store(files).problems
     assert (problem.unit, problem.path) == (1, read_commit(files, 1).file)
     assert what in problem.what
@@ -61,10 +63,10 @@ def test_verify_names_unit_file_and_part_of_a_flipped_bit(tmp_path: Path, place:
     assert verify_store(files, quick=True).is_clean  # quick looks at sizes and metadata only
 
 
-def test_repair_requeues_damaged_units_and_the_next_capture_restores_them(tmp_path: Path) -> None:
-    files = StoreFiles(str(tmp_path / "store"))
+def test_repair_requeues_damaged_units_and_the_next_capture_restores_them(store_url: str, tmp_path: Path) -> None:
+    files = StoreFiles(store_url)
     capture_all(files, tmp_path, "a")
-    flip(tmp_path / "store" / read_commit(files, 1).file, 700)  # type: ignore[operator]
+    flip(files, str(read_commit(files, 1).file), 700)
     assert repair_store(files, verify_store(files)) == [1]
     assert {record.address.unit for record in LogitStore.open(files.url)} == {0, 2}
     capture_all(files, tmp_path, "b")
