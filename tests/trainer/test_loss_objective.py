@@ -204,6 +204,13 @@ def test_two_teachers_teach_the_weighted_sum_of_their_losses(batch: TrainBatch) 
     alone = [differentiate(logits, replace(one, loss_mask=mixed.loss_mask), loss) for one in (batch, other)]
     torch.testing.assert_close(total, 0.25 * alone[0][0] + 0.75 * alone[1][0], rtol=1e-12, atol=0)
     torch.testing.assert_close(gradient, 0.25 * alone[0][1] + 0.75 * alone[1][1], rtol=0, atol=1e-13)
+    kl, *kl_alone = (
+        compute_distillation_loss(
+            logits, replace(one, loss_mask=mixed.loss_mask), vocab_size=VOCAB_SIZE, distillation_weight=1.0
+        ).bucket_kl
+        for one in (mixed, batch, other)
+    )
+    torch.testing.assert_close(kl, 0.25 * kl_alone[0] + 0.75 * kl_alone[1], rtol=1e-12, atol=0)
 
 
 def test_drawn_supports_are_taught_by_their_weights_and_report_an_estimate_of_the_kl(batch: TrainBatch) -> None:

@@ -30,6 +30,12 @@ HEADS: dict[str, dict[str, bool | float]] = {
 Gradients = list[torch.Tensor]
 
 
+@pytest.fixture(autouse=True)
+def _narrow_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three positions a strip, so that tiles have several and an uneven one."""
+    monkeypatch.setattr("trainer.loss.sparse_linear.STRIP_BYTES", 3 * ROW_BYTES + 1)
+
+
 def draw(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
@@ -180,7 +186,7 @@ def test_taught_positions_without_weight_are_reported_all_the_same() -> None:
 
 def test_row_ranges_cover_all_rows_evenly() -> None:
     ranges = compute_row_ranges(65, row_bytes=10, tile_bytes=645)
-    assert [len(rows) for rows in ranges] == [32, 33]
+    assert [len(rows) for rows in ranges] == [33, 32]
     assert [row for rows in ranges for row in rows] == list(range(65))
     assert compute_row_ranges(0, row_bytes=10, tile_bytes=645) == []
 
@@ -298,7 +304,7 @@ def test_many_tiles_of_bfloat16_are_summed_in_float32() -> None:
 
 
 def test_narrowing_in_place_rounds_as_a_copy_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.loss.tiles._BLOCK_BYTES", 4 * 7)
+    monkeypatch.setattr("trainer.loss.tiles.BLOCK_BYTES", 4 * 7)
     wide = draw(13, 11, seed=16, dtype=torch.float32)
     expected = wide.to(torch.bfloat16)
     assert torch.equal(narrow_in_place(wide, torch.bfloat16), expected)

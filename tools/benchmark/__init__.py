@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from tools.benchmark.codec import codec
+from tools.benchmark.loss import loss
 from tools.benchmark.scale import scale
 from tools.benchmark.storage import storage
 
@@ -24,5 +25,6 @@ def describe() -> None:
 
 
 app.command()(codec)
+app.command()(loss)
 app.command()(scale)
 app.command()(storage)

@@ -91,10 +91,9 @@ def compute_loss_and_gradient(loss: LossSettings, parts: StudentParts, signal: S
     value, on_slots, on_tail, on_next = compute_partials(loss, parts, signal)
     is_filled = signal.support_logprobs > -math.inf
     has_signal = is_filled.any(-1) | (signal.tail_logprob > -math.inf)
-    on_slots = torch.where(is_filled & has_signal.unsqueeze(-1), on_slots, 0.0)
+    on_slots = torch.where(is_filled, on_slots, 0.0)
     # A tail at the floor is a constant, and a constant has no gradient.
     on_tail = torch.where(has_signal & (parts.tail_logprob > TAIL_LOGPROB_FLOOR), on_tail, 0.0)
-    on_next = torch.where(has_signal, on_next, 0.0)
     probs = torch.where(is_filled, parts.slot_logprobs.exp(), 0.0)
     total = on_slots.sum(-1) + on_tail + on_next
     tail_ratio = on_tail * (-parts.tail_logprob.clamp(min=TAIL_LOGPROB_FLOOR)).exp()

@@ -31,7 +31,8 @@ class SignalTensors:
     """What a loss sees of the teacher at N positions; float, nats.
 
     Attributes:
-        support_logprobs: [N, K], log p; -inf marks an empty slot.
+        support_logprobs: [N, K], log p; -inf marks an empty slot. Any finite number serves in a drawn slot whose log p
+            is not known.
         tail_logprob: [N], -inf where the support holds all the mass.
         support_weights: [N, K], at least 0, the target weights w of `weighted_cross_entropy`: counts over draws of a
             sampled support, or head probabilities and the common weight of tail draws. 0 in empty slots. None where

@@ -2,7 +2,7 @@
 
 Positions are taken in tiles. A tile's logits become its losses, and at once its part of every gradient, written over
 the logits; then the next tile takes their place. So the head is multiplied three times, as in plain cross-entropy,
-and memory is one tile, the gradients themselves, and the teacher's K slots per position. What is left to the backward
+and memory is one tile, the gradients themselves, and the teachers' K slots per position. What is left to the backward
 pass is to multiply by the number that arrives there.
 """
 
@@ -21,12 +21,15 @@ from trainer.loss.head import LinearHead
 from trainer.loss.partials import compute_partials
 from trainer.loss.parts import SignalTensors, StudentParts
 from trainer.loss.settings import LossSettings
-from trainer.loss.tiles import HeadFactor, LogitsTile, Support, compute_row_ranges
+from trainer.loss.tiles import HeadFactor, LogitsTile, Support, choose_wide_dtype, compute_row_ranges
 
-# A tile takes this part of the weight's gradient, which is there anyway: rows in proportion to the hidden size, so that
-# products outweigh what is done once per tile. No fewer bytes than the bound, below which tiles are mere overhead.
+# A tile takes this part of what the gradient of the weight takes in float32, which is there anyway: rows in proportion
+# to the hidden size, so that products outweigh what is done once per tile. No fewer bytes than the bound, below which
+# tiles are mere overhead.
 _TILE_PART = 8
 _SMALLEST_TILE_BYTES = 16 * 2**20
+# Losses are computed on strips of a tile, which stay in the cache, and in float32 where the tile is narrower.
+STRIP_BYTES = 8 * 2**20
 _BUCKET_KL = LossSettings(kind="bucket_kl")
 
 
@@ -138,9 +141,12 @@ def compute_sparse_linear_loss(
     if rows is not None:
         hidden, targets = hidden[rows], targets.select(rows)
     factors = [tensor for term in head.low_rank for tensor in (term.project(hidden), term.up)]
-    if tile_bytes is None:
-        tile_bytes = max(_SMALLEST_TILE_BYTES, head.weight.numel() * torch.float32.itemsize // _TILE_PART)
-    plan = _Plan(head=head, targets=targets, tile_bytes=tile_bytes, needs_gradient=torch.is_grad_enabled())
+    plan = _Plan(
+        head=head,
+        targets=targets,
+        tile_bytes=choose_tile_bytes(head.weight) if tile_bytes is None else tile_bytes,
+        needs_gradient=torch.is_grad_enabled(),
+    )
     total, values = _SparseLinearLoss.apply(  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         plan, head.bias, hidden, head.weight, *factors
     )
@@ -148,6 +154,11 @@ def compute_sparse_linear_loss(
         values = values.new_zeros(len(values), len(is_taught)).index_copy_(1, rows, values)
     M = len(targets.teachers)
     return LinearLosses(total=total, cross_entropy=values[0], distillation=values[1 : 1 + M], bucket_kl=values[1 + M :])
+
+
+def choose_tile_bytes(weight: torch.Tensor) -> int:
+    """Bytes of a tile of logits that are little beside a weight of this size."""
+    return max(_SMALLEST_TILE_BYTES, weight.numel() * torch.float32.itemsize // _TILE_PART)
 
 
 def _check(hidden: torch.Tensor, head: LinearHead, targets: LinearTargets) -> None:
@@ -217,27 +228,36 @@ def _run_tiles(
     autocast: torch.dtype | None,
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor | None, ...]]:
     """Total, [1 + 2 M, N] losses, and the gradients of the bias and the factors that are wanted."""
-    V, N = plan.head.num_columns, len(factors[0])
-    terms = [
-        HeadFactor(*pair, num_columns=V, wanted=(wanted[1 + 2 * index], wanted[2 + 2 * index]), autocast=autocast)
-        for index, pair in enumerate(zip(factors[::2], factors[1::2], strict=True))
+    V, (hidden, weight) = plan.head.num_columns, factors[:2]
+    dtype = weight.dtype if autocast is None or weight.dtype == torch.float64 else autocast
+    wide = choose_wide_dtype(dtype)
+    main = HeadFactor(hidden, weight, num_columns=V, wanted=(wanted[1], wanted[2]), dtype=dtype)
+    adapters = [
+        HeadFactor(*factors[i : i + 2], num_columns=V, wanted=(wanted[i + 1], wanted[i + 2]), dtype=wide)
+        for i in range(2, len(factors), 2)
     ]
     M = len(plan.targets.teachers)
-    values = torch.zeros(1 + 2 * M, N, dtype=terms[0].wide_dtype, device=factors[0].device)
+    tile = LogitsTile(plan.head, bias, adapters, dtype=wide, num_supports=M, wants_bias=wanted[0])
+    values = torch.zeros(1 + 2 * M, len(hidden), dtype=wide, device=hidden.device)
     total = values.new_zeros(())
-    ranges = compute_row_ranges(N, V * values.element_size(), plan.tile_bytes)
-    most_rows = max(map(len, ranges), default=0)
-    tile = LogitsTile(plan.head, bias, terms, rows=most_rows, num_supports=M, wants_bias=wanted[0])
-    for row_range in ranges:
-        rows = slice(row_range.start, row_range.stop)
-        targets = plan.targets.select(rows)
-        supports = _list_supports(targets)
-        parts = tile.compute_parts(rows, supports, targets.next_ids)
-        forms, values[:, rows] = _compute_forms(targets, supports, parts)
-        total += sum(form.value.sum() for form in forms)
+    ranges = compute_row_ranges(len(hidden), V * dtype.itemsize, plan.tile_bytes)
+    products = torch.empty(len(ranges[0]) if ranges else 0, V, dtype=dtype, device=hidden.device)
+    for outer in ranges:
+        product = products[: len(outer)]
+        main.write_product(slice(outer.start, outer.stop), product)
+        for inner in compute_row_ranges(len(outer), V * wide.itemsize, STRIP_BYTES):
+            rows, strip = slice(outer[inner.start], outer[inner.stop - 1] + 1), product[inner.start : inner.stop]
+            targets = plan.targets.select(rows)
+            supports = _list_supports(targets)
+            parts = tile.compute_parts(rows, strip, supports, targets.next_ids)
+            forms, values[:, rows] = _compute_forms(targets, supports, parts)
+            total += sum(form.value.sum() for form in forms)
+            if any(wanted):
+                strip.copy_(tile.backpropagate(rows, forms, supports, targets.next_ids))
         if any(wanted):
-            tile.backpropagate(rows, forms, supports, targets.next_ids)
-    return total, values, tile.finish()
+            main.add_gradient(slice(outer.start, outer.stop), product)
+    others = [gradient for adapter in adapters for gradient in adapter.finish()]
+    return total, values, (tile.get_bias_gradient(), *main.finish(), *others)
 
 
 def _list_supports(targets: LinearTargets) -> list[Support]:

@@ -12,7 +12,7 @@ from trainer.loss.head import LinearHead
 from trainer.loss.parts import StudentParts
 
 # Part of a narrow weight's gradient that is multiplied at once: the product is rounded, then added in float32.
-_BLOCK_BYTES = 4 * 2**20  # fastest of 1 to 64 MiB: stays in the cache
+BLOCK_BYTES = 4 * 2**20  # fastest of 1 to 64 MiB: stays in the cache
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -23,10 +23,15 @@ class Support:
     is_filled: torch.Tensor
 
 
+def choose_wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What products of a dtype are reduced and summed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def compute_row_ranges(num_rows: int, row_bytes: int, tile_bytes: int) -> list[range]:
-    """Ranges of rows as even as can be, each of at most `tile_bytes`, or of one row."""
+    """Ranges of rows as even as can be, longest first, each of at most `tile_bytes`, or of one row."""
     num_tiles = -(-num_rows // max(1, tile_bytes // row_bytes))
-    bounds = [num_rows * index // num_tiles for index in range(num_tiles + 1)] if num_tiles else []
+    bounds = [-(-num_rows * index // num_tiles) for index in range(num_tiles + 1)] if num_tiles else []
     return [range(start, stop) for start, stop in pairwise(bounds)]
 
 
@@ -40,7 +45,7 @@ class HeadFactor:
         *,
         num_columns: int,
         wanted: tuple[bool, bool],
-        autocast: torch.dtype | None,
+        dtype: torch.dtype,
     ) -> None:
         """Prepare N positions.
 
@@ -49,43 +54,33 @@ class HeadFactor:
             weight: [V', D] float.
             num_columns: V, the rows of the weight that are used; the gradient of the others is 0.
             wanted: whether the gradient of the features, and of the weight, is.
-            autocast: dtype of the products where it is not the weight's.
+            dtype: of the products.
         """
-        self.dtype = weight.dtype if autocast is None or weight.dtype == torch.float64 else autocast
-        self.wide_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
-        self._features, self._weight = features.to(self.dtype), weight[:num_columns].to(self.dtype)
+        self.dtype = dtype
+        self._features, self._weight = features.to(dtype), weight[:num_columns].to(dtype)
         self._features_dtype, self._weight_dtype = features.dtype, weight.dtype
         self._features_gradient = torch.empty_like(self._features) if wanted[0] else None
         # Zeros are for the padding, and for a batch without positions.
-        self._weight_gradient = weight.new_zeros(weight.shape, dtype=self.wide_dtype) if wanted[1] else None
+        self._weight_gradient = weight.new_zeros(weight.shape, dtype=choose_wide_dtype(dtype)) if wanted[1] else None
 
-    def add_product(self, rows: slice, total: torch.Tensor, narrow: torch.Tensor | None, *, is_first: bool) -> None:
-        """Add the product at some positions to `total`, [R, V] of the wide dtype, or begin it.
+    def write_product(self, rows: slice, out: torch.Tensor) -> None:
+        """Write the product at some positions over [R, V] of the dtype of the products."""
+        torch.mm(self._features[rows], self._weight.t(), out=out)
 
-        Args:
-            rows: the positions.
-            total: what to add to.
-            narrow: memory for [R, V] in this dtype, where it is not the one of `total`.
-            is_first: whether what `total` holds is to be forgotten.
-        """
-        if narrow is not None:
-            torch.mm(self._features[rows], self._weight.t(), out=narrow)
-            total.copy_(narrow) if is_first else total.add_(narrow)
-        elif is_first:
-            torch.mm(self._features[rows], self._weight.t(), out=total)
-        else:
-            total.addmm_(self._features[rows], self._weight.t())
+    def add_product(self, rows: slice, total: torch.Tensor) -> None:
+        """Add the product at some positions to [R, V] of the dtype of the products."""
+        total.addmm_(self._features[rows], self._weight.t())
 
     def add_gradient(self, rows: slice, gradient: torch.Tensor) -> None:
-        """Take in the gradient of the logits at some positions, [R, V] in this dtype."""
+        """Take in the gradient of the logits at some positions, [R, V] in the dtype of the products."""
         if self._features_gradient is not None:
             torch.mm(gradient, self._weight, out=self._features_gradient[rows])
         if self._weight_gradient is None:
             return
-        if self.dtype == self.wide_dtype:
+        if self.dtype == self._weight_gradient.dtype:
             self._weight_gradient[: gradient.shape[1]].addmm_(gradient.t(), self._features[rows])
             return
-        block = max(1, _BLOCK_BYTES // (self._features.shape[1] * gradient.element_size()))
+        block = max(1, BLOCK_BYTES // (self._features.shape[1] * gradient.element_size()))
         for start in range(0, gradient.shape[1], block):
             columns = slice(start, min(start + block, gradient.shape[1]))
             self._weight_gradient[columns].add_(gradient[:, columns].t() @ self._features[rows])
@@ -100,51 +95,51 @@ class HeadFactor:
 
 
 class LogitsTile:
-    """The logits of one tile of positions after another, in memory that all tiles share."""
+    """The logits of some positions after others, in float32 (or float64) and in memory that all of them share."""
 
     def __init__(
         self,
         head: LinearHead,
         bias: torch.Tensor | None,
-        factors: list[HeadFactor],
+        adapters: list[HeadFactor],
         *,
-        rows: int,
+        dtype: torch.dtype,
         num_supports: int,
         wants_bias: bool,
     ) -> None:
-        """Take memory for tiles of up to `rows` positions.
+        """Prepare the tiles of a batch.
 
         Args:
             head: for scale, soft cap and number of columns.
             bias: [V'] float or None.
-            factors: whose products the logits are the sum of.
-            rows: most positions of a tile.
+            adapters: whose products are added to those of the weight.
+            dtype: of all the tensors here.
             num_supports: teachers; with more than one, the gradient needs memory of its own.
             wants_bias: whether the gradient of the bias is wanted.
         """
-        self._head, self._factors = head, factors
-        self._wide_dtype = torch.float64 if factors[0].dtype == torch.float64 else torch.float32
-        V, device = head.num_columns, head.weight.device
-        self._bias = bias
-        self._bias_gradient = head.weight.new_zeros(len(head.weight), dtype=self._wide_dtype) if wants_bias else None
-        self._wide = torch.empty(rows, V, dtype=self._wide_dtype, device=device)
-        self._narrow = {
-            factor.dtype: torch.empty(rows, V, dtype=factor.dtype, device=device)
-            for factor in factors
-            if factor.dtype != self._wide_dtype
-        }
-        self._tanh = None if head.soft_cap is None else torch.empty_like(self._wide)
-        self._gradient = torch.empty_like(self._wide) if num_supports > 1 else None
-        self._total = torch.empty(0)
+        self._head, self._bias, self._adapters = head, bias, adapters
+        self._has_shared_weights = num_supports > 1
+        self._bias_gradient = head.weight.new_zeros(len(head.weight), dtype=dtype) if wants_bias else None
+        self._memory: dict[str, torch.Tensor] = {}
+        self._dtype = dtype
+        self._wide = self._total = self._tanh = torch.empty(0)
         self._slot_weights: list[torch.Tensor] = []
 
-    def compute_parts(self, rows: slice, supports: list[Support], next_ids: torch.Tensor) -> list[StudentParts]:
+    def compute_parts(
+        self, rows: slice, product: torch.Tensor, supports: list[Support], next_ids: torch.Tensor
+    ) -> list[StudentParts]:
         """What the losses see of the student at some positions, through one support or several.
+
+        Args:
+            rows: the positions.
+            product: [R, V] of hidden states and weight; written over where it has the dtype of the logits.
+            supports: of every teacher.
+            next_ids: [R] int64.
 
         What stays here is exp(logit - largest), with 0 in the support where there is only one: the sum of the rest is
         the tail's mass, exact however small it is.
         """
-        logits = self._compute_logits(rows)
+        logits = self._compute_logits(rows, product)
         maximum = logits.amax(-1, keepdim=True)
         next_logits = logits.gather(-1, next_ids.unsqueeze(-1))
         slot_logits = [logits.gather(-1, support.ids) for support in supports]
@@ -171,29 +166,37 @@ class LogitsTile:
 
     def backpropagate(
         self, rows: slice, forms: list[GradientForm], supports: list[Support], next_ids: torch.Tensor
-    ) -> None:
-        """Turn what `compute_parts` left into the gradient of the sum of forms, for bias and factors."""
+    ) -> torch.Tensor:
+        """Turn what `compute_parts` left into the gradient of the sum of forms over the products, [R, V].
+
+        That of bias and adapters is taken from it here.
+        """
         gradient = self._write_gradient(forms, supports, next_ids)
-        if self._tanh is not None:
-            slope = self._tanh[: len(gradient)]
-            gradient.mul_(slope.square_().neg_().add_(1.0))
+        if self._head.soft_cap is not None:
+            gradient.mul_(self._tanh.square_().neg_().add_(1.0))
         if self._head.scale != 1.0:
             gradient.mul_(self._head.scale)
         if self._bias_gradient is not None:
             self._bias_gradient[: gradient.shape[1]] += gradient.sum(0)
-        narrowed = {dtype: tile[: len(gradient)].copy_(gradient) for dtype, tile in self._narrow.items()}
-        for factor in self._factors:
-            factor.add_gradient(rows, narrowed.get(factor.dtype, gradient))
+        for adapter in self._adapters:
+            adapter.add_gradient(rows, gradient)
+        return gradient
+
+    def get_bias_gradient(self) -> torch.Tensor | None:
+        """[V'] in the dtype of the bias; None where it is not wanted."""
+        if self._bias_gradient is None or self._bias is None:
+            return None
+        return self._bias_gradient.to(self._bias.dtype)
 
     def _write_gradient(
         self, forms: list[GradientForm], supports: list[Support], next_ids: torch.Tensor
     ) -> torch.Tensor:
         """[R, V] gradient over the logits, soft cap and scale still to be gone through."""
-        weights = self._wide[: len(next_ids)]
-        if self._gradient is None:
+        weights = self._wide
+        if not self._has_shared_weights:
             gradient = weights.mul_((forms[0].A / self._total).unsqueeze(-1))
         else:
-            gradient = self._gradient[: len(next_ids)].zero_()
+            gradient = self._take_memory("gradient", weights).zero_()
             for form, support, slot_weights in zip(forms, supports, self._slot_weights, strict=True):
                 _empty(weights, support)
                 gradient.addcmul_(weights, (form.A / self._total).unsqueeze(-1))
@@ -203,28 +206,26 @@ class LogitsTile:
             gradient.scatter_add_(-1, next_ids.unsqueeze(-1), form.C.unsqueeze(-1))
         return gradient
 
-    def finish(self) -> tuple[torch.Tensor | None, ...]:
-        """The gradients of the bias, then of features and weight of every factor, in the dtypes of their tensors."""
-        of_bias = None
-        if self._bias_gradient is not None and self._bias is not None:
-            of_bias = self._bias_gradient.to(self._bias.dtype)
-        return of_bias, *(gradient for factor in self._factors for gradient in factor.finish())
-
-    def _compute_logits(self, rows: slice) -> torch.Tensor:
-        """[R, V] logits, in the memory of the tile."""
-        logits = self._wide[: rows.stop - rows.start]
-        for factor in self._factors:
-            narrow = self._narrow.get(factor.dtype)
-            narrow = None if narrow is None else narrow[: len(logits)]
-            factor.add_product(rows, logits, narrow, is_first=factor is self._factors[0])
+    def _compute_logits(self, rows: slice, product: torch.Tensor) -> torch.Tensor:
+        """[R, V] logits: the product itself, written over, where it has their dtype."""
+        logits = product if product.dtype == self._dtype else self._take_memory("logits", product).copy_(product)
+        for adapter in self._adapters:
+            adapter.add_product(rows, logits)
         if self._bias is not None:
             logits.add_(self._bias[: logits.shape[1]])
         if self._head.scale != 1.0:
             logits.mul_(self._head.scale)
-        if self._tanh is not None and self._head.soft_cap is not None:
-            tanh = torch.tanh(logits.div_(self._head.soft_cap), out=self._tanh[: len(logits)])
-            torch.mul(tanh, self._head.soft_cap, out=logits)
+        if self._head.soft_cap is not None:
+            self._tanh = torch.tanh(logits.div_(self._head.soft_cap), out=self._take_memory("tanh", product))
+            torch.mul(self._tanh, self._head.soft_cap, out=logits)
+        self._wide = logits
         return logits
+
+    def _take_memory(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        """[R, V] of a name, the same memory for all that are no larger than the first."""
+        if name not in self._memory or len(self._memory[name]) < len(like):
+            self._memory[name] = torch.empty_like(like, dtype=self._dtype)
+        return self._memory[name][: len(like)]
 
 
 def _empty(weights: torch.Tensor, support: Support) -> None:
@@ -241,7 +242,7 @@ def narrow_in_place(wide: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return wide
     flat = wide.view(-1)
     narrow = flat.view(dtype)[: len(flat)]
-    block = _BLOCK_BYTES // wide.element_size()
+    block = BLOCK_BYTES // wide.element_size()
     # Reading runs ahead of writing, and a block is read as a whole before any of it is written.
     for start in range(0, len(flat), block):
         narrow[start : start + block] = flat[start : start + block].to(dtype)
