@@ -26,7 +26,7 @@ from trainer.loss.tiles import HeadFactor, LogitsTile, Support, choose_wide_dtyp
 # A tile takes this part of what the gradient of the weight takes in float32, which is there anyway: rows in proportion
 # to the hidden size, so that products outweigh what is done once per tile. No fewer bytes than the bound, below which
 # tiles are mere overhead.
-_TILE_PART = 8
+_TILE_PART = 4
 _SMALLEST_TILE_BYTES = 16 * 2**20
 # Losses are computed on strips of a tile, which stay in the cache, and in float32 where the tile is narrower.
 STRIP_BYTES = 8 * 2**20
@@ -128,8 +128,8 @@ def compute_sparse_linear_loss(
         hidden: [N, D] float.
         head: of V columns without padding.
         targets: ids below V.
-        tile_bytes: bound of a tile of logits; one position is held whatever it takes. None takes an eighth of the
-            weight's size.
+        tile_bytes: bound of a tile of logits; one position is held whatever it takes. None takes a quarter of what
+            the gradient of the weight takes in float32.
 
     Raises:
         ShapeError: hidden states, head and targets do not fit together.
@@ -231,16 +231,21 @@ def _run_tiles(
     V, (hidden, weight) = plan.head.num_columns, factors[:2]
     dtype = weight.dtype if autocast is None or weight.dtype == torch.float64 else autocast
     wide = choose_wide_dtype(dtype)
-    main = HeadFactor(hidden, weight, num_columns=V, wanted=(wanted[1], wanted[2]), dtype=dtype)
-    adapters = [
-        HeadFactor(*factors[i : i + 2], num_columns=V, wanted=(wanted[i + 1], wanted[i + 2]), dtype=wide)
-        for i in range(2, len(factors), 2)
-    ]
+    ranges = compute_row_ranges(len(hidden), V * dtype.itemsize, plan.tile_bytes)
+    main, *adapters = (
+        HeadFactor(
+            *factors[i : i + 2],
+            num_columns=V,
+            wanted=(wanted[i + 1], wanted[i + 2]),
+            dtype=wide if i else dtype,
+            num_sums=len(ranges),
+        )
+        for i in range(0, len(factors), 2)
+    )
     M = len(plan.targets.teachers)
     tile = LogitsTile(plan.head, bias, adapters, dtype=wide, num_supports=M, wants_bias=wanted[0])
     values = torch.zeros(1 + 2 * M, len(hidden), dtype=wide, device=hidden.device)
     total = values.new_zeros(())
-    ranges = compute_row_ranges(len(hidden), V * dtype.itemsize, plan.tile_bytes)
     products = torch.empty(len(ranges[0]) if ranges else 0, V, dtype=dtype, device=hidden.device)
     for outer in ranges:
         product = products[: len(outer)]

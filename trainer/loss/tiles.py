@@ -46,6 +46,7 @@ class HeadFactor:
         num_columns: int,
         wanted: tuple[bool, bool],
         dtype: torch.dtype,
+        num_sums: int,
     ) -> None:
         """Prepare N positions.
 
@@ -55,13 +56,15 @@ class HeadFactor:
             num_columns: V, the rows of the weight that are used; the gradient of the others is 0.
             wanted: whether the gradient of the features, and of the weight, is.
             dtype: of the products.
+            num_sums: how often gradients will come. More than one narrow one is summed in float32.
         """
-        self.dtype = dtype
         self._features, self._weight = features.to(dtype), weight[:num_columns].to(dtype)
         self._features_dtype, self._weight_dtype = features.dtype, weight.dtype
         self._features_gradient = torch.empty_like(self._features) if wanted[0] else None
-        # Zeros are for the padding, and for a batch without positions.
-        self._weight_gradient = weight.new_zeros(weight.shape, dtype=choose_wide_dtype(dtype)) if wanted[1] else None
+        is_narrow = num_sums == 1 and dtype == weight.dtype
+        sum_dtype = dtype if is_narrow else choose_wide_dtype(dtype)
+        self._weight_gradient = torch.empty_like(weight, dtype=sum_dtype) if wanted[1] else None
+        self._num_columns, self._is_begun = num_columns, False
 
     def write_product(self, rows: slice, out: torch.Tensor) -> None:
         """Write the product at some positions over [R, V] of the dtype of the products."""
@@ -75,19 +78,25 @@ class HeadFactor:
         """Take in the gradient of the logits at some positions, [R, V] in the dtype of the products."""
         if self._features_gradient is not None:
             torch.mm(gradient, self._weight, out=self._features_gradient[rows])
-        if self._weight_gradient is None:
+        if self._weight_gradient is not None:
+            self._add_weight_gradient(self._weight_gradient[: self._num_columns], gradient.t(), self._features[rows])
+            self._is_begun = True
+
+    def _add_weight_gradient(self, total: torch.Tensor, gradient: torch.Tensor, features: torch.Tensor) -> None:
+        """Add a product, [V, R] times [R, D], or begin with it: nothing has to be zero before."""
+        if total.dtype == gradient.dtype:
+            torch.addmm(total, gradient, features, beta=int(self._is_begun), out=total)
             return
-        if self.dtype == self._weight_gradient.dtype:
-            self._weight_gradient[: gradient.shape[1]].addmm_(gradient.t(), self._features[rows])
-            return
-        block = max(1, BLOCK_BYTES // (self._features.shape[1] * gradient.element_size()))
-        for start in range(0, gradient.shape[1], block):
-            columns = slice(start, min(start + block, gradient.shape[1]))
-            self._weight_gradient[columns].add_(gradient[:, columns].t() @ self._features[rows])
+        block = max(1, BLOCK_BYTES // (features.shape[1] * features.element_size()))
+        for start in range(0, len(total), block):
+            part, product = total[start : start + block], gradient[start : start + block] @ features
+            part.add_(product) if self._is_begun else part.copy_(product)
 
     def finish(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The gradients of features and weight, each in the dtype of its tensor."""
         of_features, of_weight = self._features_gradient, self._weight_gradient
+        if of_weight is not None:
+            of_weight[self._num_columns if self._is_begun else 0 :] = 0.0  # the padding, or a batch without positions
         return (
             None if of_features is None else of_features.to(self._features_dtype),
             None if of_weight is None else narrow_in_place(of_weight, self._weight_dtype),
@@ -243,7 +252,7 @@ def narrow_in_place(wide: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     flat = wide.view(-1)
     narrow = flat.view(dtype)[: len(flat)]
     block = BLOCK_BYTES // wide.element_size()
-    # Reading runs ahead of writing, and a block is read as a whole before any of it is written.
-    for start in range(0, len(flat), block):
-        narrow[start : start + block] = flat[start : start + block].to(dtype)
+    narrow[:block] = flat[:block].to(dtype)  # read as a whole, being written over; reading is ahead from then on
+    for start in range(block, len(flat), block):
+        narrow[start : start + block] = flat[start : start + block]
     return narrow.view(wide.shape)
