@@ -80,7 +80,8 @@ class StorePlan(Settings):
     @property
     def num_units(self) -> int:
         """All units, those of extensions included."""
-        return sum(count_units(part.units) for part in (self, *self._extensions))
+        tables = [self.units, *(extension.units for extension in self._extensions)]
+        return sum(count_units(table) for table in tables)
 
     def build_unit_table(self) -> UnitTable:
         """All units, those of extensions included."""

@@ -142,10 +142,12 @@ class _UnitCheck:
         is_compared[compared[compared < self.num_units]] = True
         paths_and_data = read_commit_files(self._files, units)
         with ThreadPoolExecutor(self._workers) as pool:
-            if self._quick:
-                checked = map(self._check, paths_and_data)
-            else:
-                checked = _map_ahead(pool, self._check, paths_and_data, ahead=2 * self._workers)
+            # A quick check does next to nothing with a commit: threads would only hand it around.
+            checked = (
+                (self._check(item) for item in paths_and_data)
+                if self._quick
+                else _map_ahead(pool, self._check, paths_and_data, ahead=2 * self._workers)
+            )
             for done, (commit, found) in enumerate(checked, start=1):
                 self.problems.extend(found)
                 if commit is not None and not found:
