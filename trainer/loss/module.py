@@ -12,6 +12,7 @@ from trainer.loss.head import LinearHead, read_head
 from trainer.loss.parts import SignalTensors
 from trainer.loss.settings import LossSettings
 from trainer.loss.sparse_linear import LinearLosses, LinearTargets, LinearTeacher, compute_sparse_linear_loss
+from trainer.loss.tiles import choose_wide_dtype
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -122,8 +123,9 @@ class SparseLinearLoss(torch.nn.Module):
                 f"{list(hidden.shape)}, {list(shape)} and {list(tail_logprob.shape)}"
             )
         weight = self.loss.weight if distillation_weight is None else distillation_weight
-        weight = torch.as_tensor(0.0 if self.loss.kind == "cross_entropy" else weight, device=hidden.device)
-        scale = torch.ones(shape, device=hidden.device) if position_weight is None else position_weight
+        dtype, device = choose_wide_dtype(hidden.dtype), hidden.device
+        weight = torch.as_tensor(0.0 if self.loss.kind == "cross_entropy" else weight, dtype=dtype, device=device)
+        scale = torch.ones(shape, dtype=dtype, device=device) if position_weight is None else position_weight
         signal = SignalTensors(
             support_logprobs=support_logprobs.reshape(-1, K),
             tail_logprob=tail_logprob.flatten(),
