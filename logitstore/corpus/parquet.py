@@ -48,7 +48,10 @@ def read_rows(
         row = sum(parquet.metadata.row_group(i).num_rows for i in range(start))
         columns = [settings.text_field] if settings.id_field is None else [settings.text_field, settings.id_field]
         batches = parquet.iter_batches(
-            batch_size=NUM_ROWS_AT_ONCE, row_groups=range(start, stop), columns=list(dict.fromkeys(columns))
+            batch_size=NUM_ROWS_AT_ONCE,
+            row_groups=range(start, stop),
+            columns=list(dict.fromkeys(columns)),
+            use_threads=False,
         )
         for batch in batches if start < stop else ():
             names = [None] * len(batch) if settings.id_field is None else _read_names(batch.column(settings.id_field))
@@ -67,7 +70,7 @@ def _open(
     stream = open_range_reader(file, storage_options)
     with reading(file.path):
         try:
-            parquet = pq.ParquetFile(stream, buffer_size=REQUEST_BYTES)
+            parquet = pq.ParquetFile(stream, buffer_size=REQUEST_BYTES, pre_buffer=False)
             for field in {settings.text_field, settings.id_field or settings.text_field}:
                 _check_column(file, parquet.schema_arrow, field, is_text=field == settings.text_field)
             yield parquet

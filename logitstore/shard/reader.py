@@ -68,8 +68,13 @@ def decode_row_group(
         CorruptShardError: Parquet cannot decode the bytes.
     """
     try:
+        # Neither pre-buffered nor read by threads: a thread of Arrow's that lets go of these Python objects while the
+        # interpreter shuts down ends the process.
         file = pq.ParquetFile(
-            pa.PythonFile(_FileWindow(offset, data), mode="r"), metadata=metadata, page_checksum_verification=True
+            pa.PythonFile(_FileWindow(offset, data), mode="r"),
+            metadata=metadata,
+            page_checksum_verification=True,
+            pre_buffer=False,
         )
         columns = list_columns(header.codec, with_documents=with_documents)
         table = file.read_row_group(row_group, columns=columns, use_threads=False)

@@ -71,14 +71,14 @@ class ManifestFile:
             CorruptShardError: the bytes are damaged.
         """
         with self._explain():
-            return self._open().read(list(names))
+            return self._open().read(list(names), use_threads=False)
 
     def iterate(self, names: Sequence[str] = SCHEMA.names) -> Iterator[pa.Table]:
         """Some columns, some rows at a time, in order; see `read`."""
         parquet = self._open()
         for row_group in range(parquet.num_row_groups):
             with self._explain():
-                table = parquet.read_row_group(row_group, list(names))
+                table = parquet.read_row_group(row_group, list(names), use_threads=False)
             yield table
 
     def check(self) -> None:
@@ -91,7 +91,9 @@ class ManifestFile:
             pass
 
     def _open(self) -> pq.ParquetFile:
-        return pq.ParquetFile(pa.BufferReader(self.data), page_checksum_verification=True)
+        # Read without Arrow's threads (`use_threads=False` below): a thread lets go of these bytes, which are Python's,
+        # when it likes, and one that does so while the interpreter shuts down ends the process with SIGABRT.
+        return pq.ParquetFile(pa.BufferReader(self.data), page_checksum_verification=True, pre_buffer=False)
 
     @contextlib.contextmanager
     def _explain(self) -> Iterator[None]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from checkout import ROOT
 from made_up import VOCAB_SIZE, build_records, edit_sealed
 
 from logitstore.errors import (
@@ -156,3 +159,19 @@ def test_reader_of_a_damaged_file_raises_and_never_ends_early(
         files.put(f"{DATA}/{name}", files.read(f"{DATA}/{name}")[: 0 if damage == "emptied" else -100])
     with pytest.raises(CorruptShardError, match=name):
         list(LogitStore.open(store.url))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads as Linux lists them")
+def test_reading_a_store_leaves_no_native_thread_behind(small_store_url: str) -> None:
+    """A thread that lets go of Python's bytes while the interpreter shuts down ends the process (SIGABRT)."""
+    code = (
+        "import os, sys\n"
+        "from logitstore import LogitStore\n"
+        "import pyarrow.parquet, pyarrow.compute\n"
+        "before = len(os.listdir('/proc/self/task'))\n"
+        "store = LogitStore.open(sys.argv[1])\n"
+        "assert len(list(store)) == len(store) and store.compute_statistics().positions\n"
+        "print(len(os.listdir('/proc/self/task')) - before)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code, small_store_url], capture_output=True, text=True, cwd=ROOT)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "0\n", "")
