@@ -79,6 +79,8 @@ class TrainSettings(Settings):
         micro_batch_sequences: sequences per forward and backward on one process; None takes all of a step at once.
         steps: optimizer steps of the whole run.
         precision: `bfloat16` runs the student under autocast; losses are reduced in float32 either way.
+        fused_loss: compute losses from hidden states and head, without logits, which takes far less memory; for a head
+            that is not a plain linear one, logits are computed all the same. False always computes them.
         seed: of fresh weights, of the order of the records, and of dropout.
         held_out: records that are evaluated on and not trained on.
         evaluate_every: steps between evaluations; None evaluates once, at the end.
@@ -101,6 +103,7 @@ class TrainSettings(Settings):
     optimizer: OptimizerSettings = OptimizerSettings()
     schedule: ScheduleSettings = ScheduleSettings()
     precision: Precision = "float32"
+    fused_loss: bool = True
     seed: int = Field(default=0, ge=0)
     held_out: HeldOut | None = None
     evaluate_every: int | None = Field(default=None, gt=0)

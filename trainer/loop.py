@@ -22,9 +22,9 @@ from logitstore.records import RecordBatch
 from trainer.config import TrainSettings
 from trainer.data import collate, split_batch
 from trainer.distributed import join_processes
-from trainer.evaluate import Evaluation, compute_logits
+from trainer.evaluate import Evaluation
 from trainer.interrupt import listen_for_stop
-from trainer.loss.objective import DistillationLoss, compute_distillation_loss
+from trainer.loss.objective import DistillationLoss
 from trainer.optimizer import compute_distillation_weight, compute_learning_rate_scale, set_learning_rate
 from trainer.progress import StepResult
 from trainer.run import Run, evaluate_run, prepare_run, save_run
@@ -150,14 +150,7 @@ def accumulate_gradient(
     for part in parts:
         with _synchronize_gradients(run.model, is_last=part is parts[-1]):
             inputs = collate(part).to(run.processes.device)
-            logits = compute_logits(run.model, inputs, run.settings.precision)
-            loss = compute_distillation_loss(
-                logits,
-                inputs,
-                vocab_size=run.store.plan.teacher.vocab_size,
-                distillation_weight=distillation_weight,
-                loss=run.settings.loss,
-            )
+            loss: DistillationLoss = run.model(inputs, distillation_weight)
             (loss.total * scale).backward()
         losses.append(loss)
     return losses

@@ -29,6 +29,7 @@ from trainer.evaluate import Evaluation, evaluate
 from trainer.loss.objective import check_loss_fits
 from trainer.optimizer import build_optimizer
 from trainer.student import build_student, check_student_fits
+from trainer.taught_student import TaughtStudent
 
 _LOGGER = logging.getLogger(__name__)
 # Sequences per forward pass of an evaluation where the run has no micro-batch of its own.
@@ -40,6 +41,7 @@ _FREE_SETTINGS = frozenset(
         "store",
         "manifest",
         "micro_batch_sequences",
+        "fused_loss",
         "evaluate_every",
         "checkpoint_every",
         "keep_checkpoints",
@@ -60,7 +62,7 @@ class Run:
     store: LogitStore
     held_out: np.ndarray
     student: PreTrainedModel
-    model: torch.nn.Module  # the student, wrapped where there are several processes
+    model: torch.nn.Module  # the student with its loss, wrapped once more where there are several processes
     optimizer: torch.optim.Optimizer
     stream: RecordStream
     step: int = 0
@@ -75,13 +77,14 @@ class Run:
         return self.processes.rank == 0
 
     def close(self) -> None:
-        """Stop the stream, and let go of the wrapper around the student.
+        """Stop the stream, and let go of the wrapper that exchanges gradients.
 
         A wrapper that outlives the process group takes gloo's threads with it when Python frees it, which now and
         then never ends: they want the interpreter lock that it waits for them under.
         """
         self.stream.close()
-        self.model = self.student
+        if isinstance(self.model, DistributedDataParallel):
+            self.model = self.model.module
 
 
 def prepare_run(settings: TrainSettings, processes: Processes) -> Run:
@@ -114,7 +117,13 @@ def prepare_run(settings: TrainSettings, processes: Processes) -> Run:
         store=store,
         held_out=held_out_row_groups,
         student=student,
-        model=student,
+        model=TaughtStudent(
+            student,
+            settings.loss,
+            vocab_size=store.plan.teacher.vocab_size,
+            precision=settings.precision,
+            is_fused=settings.fused_loss,
+        ),
         optimizer=optimizer,
         stream=stream,
     )
@@ -126,7 +135,7 @@ def prepare_run(settings: TrainSettings, processes: Processes) -> Run:
         _LOGGER.info("going on from %s", checkpoint)
     if processes.world_size > 1:
         run.model = DistributedDataParallel(
-            student, device_ids=[processes.device] if processes.device.type == "cuda" else None
+            run.model, device_ids=[processes.device] if processes.device.type == "cuda" else None
         )
     run.model.train()
     return run

@@ -80,16 +80,16 @@ def compute_distillation_loss(
             support_weights=teacher.support_weights,
         )
         losses = compute_position_losses(
-            _choose_kind(loss, teacher), logits, batch.next_ids, teacher.support_ids, signal
+            choose_kind(loss, teacher), logits, batch.next_ids, teacher.support_ids, signal
         )
-        weights = _weigh_positions(batch, compute_entropy_weights(loss, teacher.entropy), teacher.weight)
+        weights = weigh_positions(batch, compute_entropy_weights(loss, teacher.entropy), teacher.weight)
         distillation_sums.append((torch.where(taught, losses.distillation, 0.0) * weights).sum())
         is_drawn = teacher.support_weights is not None
         kl = losses.distillation.detach() - teacher.entropy if is_drawn else losses.bucket_kl
         kl_sums.append(teacher.weight * torch.where(taught, kl, 0.0).sum())
     # The cross-entropy of the text is the same in every pass; the last is the one at hand.
     text = torch.where(taught, losses.cross_entropy, 0.0)
-    weighted_text = (text * _weigh_positions(batch, None, 1.0)).sum()
+    weighted_text = (text * weigh_positions(batch, None, 1.0)).sum()
     distillation = torch.stack(distillation_sums).sum()
     return DistillationLoss(
         total=distillation_weight * distillation + (1 - distillation_weight) * weighted_text,
@@ -123,7 +123,7 @@ def check_loss_fits(loss: LossSettings, *, is_support_drawn: bool, is_entropy_kn
             )
 
 
-def _choose_kind(loss: LossSettings, teacher: TeacherSignal) -> LossSettings:
+def choose_kind(loss: LossSettings, teacher: TeacherSignal) -> LossSettings:
     """The loss of one teacher; a run on the text alone reports the distance that the support allows."""
     is_drawn = teacher.support_weights is not None
     if loss.kind == "cross_entropy":
@@ -132,7 +132,7 @@ def _choose_kind(loss: LossSettings, teacher: TeacherSignal) -> LossSettings:
     return loss
 
 
-def _weigh_positions(batch: TrainBatch, entropy_weights: torch.Tensor | None, factor: float) -> torch.Tensor:
+def weigh_positions(batch: TrainBatch, entropy_weights: torch.Tensor | None, factor: float) -> torch.Tensor:
     """[B, T] what every position counts, 0 where it may not be taught whatever else stands there."""
     weights = torch.full_like(batch.tail_logprob, factor)
     for other in (batch.position_weights, entropy_weights):
