@@ -95,13 +95,14 @@ def _print_case(case: Case, methods: list[str], repeats: int) -> None:
         grown.append(measure("ours", replace(case, positions=_GROWTH * case.positions)))
     ours = [run for run in runs.get("ours", []) if run is not None]
     label = f"V = {case.vocab_size:,}, D = {case.hidden_size}, {str(case.dtype).removeprefix('torch.')}"
-    rows = [_build_row(name, [run for run in found if run is not None], ours) for name, found in runs.items()]
+    rows = [build_row(name, [run for run in found if run is not None], ours) for name, found in runs.items()]
     print_table([label, "seconds", "±", "time: ours / it", "extra MiB", "memory: ours / it"], rows)
     if grown and grown[0] is not None:
         _print_growth(case, statistics.median(run.extra_bytes for run in ours), grown[0].extra_bytes)
 
 
-def _build_row(name: str, found: list[Measured], ours: list[Measured]) -> list[object]:
+def build_row(name: str, found: list[Measured], ours: list[Measured]) -> list[object]:
+    """A row of the table; `ours` are the repetitions that the row's are compared to."""
     if not found:
         return [name, "not installed", *["–"] * 4]
     seconds = [run.seconds for run in found]
@@ -137,7 +138,7 @@ def measure(method: str, case: Case) -> Measured | None:
     # The imports of all, once: processes start from a server that has made them, and has computed nothing.
     context.set_forkserver_preload(["torch", "trl.experimental.gkd", "liger_kernel.chunked_loss"])
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(sender, method, case))
+    process = context.Process(target=answer, args=(sender, method, case))
     process.start()
     sender.close()
     try:
@@ -149,7 +150,8 @@ def measure(method: str, case: Case) -> Measured | None:
     return found
 
 
-def _answer(sender: Connection, method: str, case: Case) -> None:
+def answer(sender: Connection, method: str, case: Case) -> None:
+    """Run a method once and send what was measured, or None where its package is not installed."""
     from tools.benchmark.loss_methods import METHODS
 
     prepare = METHODS[method]
