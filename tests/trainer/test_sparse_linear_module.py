@@ -167,7 +167,8 @@ def test_module_survives_pickle_and_copy() -> None:
 
 def test_tile_grows_with_the_head() -> None:
     assert choose_tile_bytes(torch.empty(100, 10)) == 16 * 2**20
-    assert choose_tile_bytes(torch.empty(100_000, 1000, device="meta")) == 100_000_000
+    assert choose_tile_bytes(torch.empty(100_000, 1000, device="meta")) == 50_000_000
+    assert choose_tile_bytes(torch.empty(100_000, 1000, device="meta", dtype=torch.bfloat16)) == 100_000_000
 
 
 @pytest.mark.parametrize(

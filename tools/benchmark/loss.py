@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tools.benchmark.loss_methods import Case
 
 _WARM_UP_VOCAB_SIZE, _WARM_UP_POSITIONS = 2000, 16
-_GROWTH = 4  # times the positions, to see what grows with them
+_GROWTH = (4, 8)  # times the positions, to see what grows with them: by then there are several tiles
 
 
 class Precision(StrEnum):
@@ -74,31 +74,29 @@ def loss(
         "percent. Ratios: ours over the row's.\n",
         flush=True,
     )
-    for V in vocab_size or (32_000, 151_936):
+    vocab_sizes = sorted(vocab_size or (32_000, 151_936))
+    for V in vocab_sizes:
         for D in hidden_size or (896, 2048):
             for chosen in precision or tuple(Precision):
                 case = Case(vocab_size=V, hidden_size=D, positions=positions, dtype=getattr(torch, chosen))
                 _print_case(case, method or list(METHODS), repeats)
+                if vocab_sizes[0] == V and "ours" in (method or METHODS):
+                    _print_growth(case)
 
 
 def _print_case(case: Case, methods: list[str], repeats: int) -> None:
     from tools.benchmark.tables import print_table
 
     runs: dict[str, list[Measured | None]] = {name: [] for name in methods}
-    grown: list[Measured | None] = []
     for _ in range(repeats):
         for name in methods:
             if None not in runs[name]:
                 print(f"V = {case.vocab_size}, D = {case.hidden_size}, {case.dtype}: {name} …", file=sys.stderr)
                 runs[name].append(measure(name, case))
-    if "ours" in methods:
-        grown.append(measure("ours", replace(case, positions=_GROWTH * case.positions)))
     ours = [run for run in runs.get("ours", []) if run is not None]
     label = f"V = {case.vocab_size:,}, D = {case.hidden_size}, {str(case.dtype).removeprefix('torch.')}"
     rows = [build_row(name, [run for run in found if run is not None], ours) for name, found in runs.items()]
     print_table([label, "seconds", "±", "time: ours / it", "extra MiB", "memory: ours / it"], rows)
-    if grown and grown[0] is not None:
-        _print_growth(case, statistics.median(run.extra_bytes for run in ours), grown[0].extra_bytes)
 
 
 def build_row(name: str, found: list[Measured], ours: list[Measured]) -> list[object]:
@@ -115,15 +113,19 @@ def build_row(name: str, found: list[Measured], ours: list[Measured]) -> list[ob
     return [name, f"{median:.2f}", f"{spread:.0f}%", time_ratio, f"{extra / 2**20:,.0f}", memory_ratio]
 
 
-def _print_growth(case: Case, before: float, after: float) -> None:
+def _print_growth(case: Case) -> None:
     """What a further position costs, beside the gradient of its hidden state, which any loss hands back."""
     from tools.benchmark.loss_methods import SUPPORT_SIZE
 
-    per_position = (after - before) / ((_GROWTH - 1) * case.positions)
+    few, many = (factor * case.positions for factor in _GROWTH)
+    extra = [measure("ours", replace(case, positions=positions)) for positions in (few, many)]
+    assert extra[0] is not None  # ours is always installed
+    assert extra[1] is not None
+    per_position = (extra[1].extra_bytes - extra[0].extra_bytes) / (many - few)
     hidden = case.hidden_size * case.dtype.itemsize
     print(
-        f"With {_GROWTH * case.positions} positions ours takes {per_position:,.0f} bytes more per position: the "
-        f"gradient of a hidden state is {hidden:,}, a support {SUPPORT_SIZE * 12:,}.\n",
+        f"From {few:,} to {many:,} positions ours takes {per_position:,.0f} bytes more per position: the gradient of a "
+        f"hidden state is {hidden:,}, a support {SUPPORT_SIZE * 12:,}.\n",
         flush=True,
     )
 

@@ -70,7 +70,7 @@ class SparseLinearLoss(torch.nn.Module):
         Args:
             loss: kind, options and weight; None is the default of `LossSettings`. Its entropy rules and schedule
                 belong to a training run: give their outcome as weights of positions.
-            tile_bytes: bound of the logits held at once; None takes a quarter of the head's size.
+            tile_bytes: bound of the logits held at once; None takes what is little beside the head's gradient.
         """
         super().__init__()
         self.loss = LossSettings() if loss is None else loss

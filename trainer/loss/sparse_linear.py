@@ -23,11 +23,11 @@ from trainer.loss.parts import SignalTensors, StudentParts
 from trainer.loss.settings import LossSettings
 from trainer.loss.tiles import HeadFactor, LogitsTile, Support, choose_wide_dtype, compute_row_ranges
 
-# A tile takes this part of what the gradient of the weight takes in float32, which is there anyway: rows in proportion
-# to the hidden size, so that products outweigh what is done once per tile. No fewer bytes than the bound, below which
-# tiles are mere overhead.
-_TILE_PART = 4
-_SMALLEST_TILE_BYTES = 16 * 2**20
+# Bytes of a tile for every number of a weight that is four bytes wide, or narrower: an eighth and a quarter of what
+# the gradient of the weight is summed in, which is there anyway. So tiles have D/8 and D/2 positions, and products
+# outweigh what is done once per tile; a narrow one has more of that, its sums being in float32.
+_WIDE_TILE_PART, _NARROW_TILE_PART = 0.5, 1.0
+_SMALLEST_TILE_BYTES = 16 * 2**20  # smaller ones are mere overhead
 # Losses are computed on strips of a tile, which stay in the cache, and in float32 where the tile is narrower.
 STRIP_BYTES = 8 * 2**20
 _BUCKET_KL = LossSettings(kind="bucket_kl")
@@ -128,8 +128,8 @@ def compute_sparse_linear_loss(
         hidden: [N, D] float.
         head: of V columns without padding.
         targets: ids below V.
-        tile_bytes: bound of a tile of logits; one position is held whatever it takes. None takes a quarter of what
-            the gradient of the weight takes in float32.
+        tile_bytes: bound of a tile of logits; one position is held whatever it takes. None takes what is little
+            beside the gradient of the weight.
 
     Raises:
         ShapeError: hidden states, head and targets do not fit together.
@@ -158,7 +158,8 @@ def compute_sparse_linear_loss(
 
 def choose_tile_bytes(weight: torch.Tensor) -> int:
     """Bytes of a tile of logits that are little beside a weight of this size."""
-    return max(_SMALLEST_TILE_BYTES, weight.numel() * torch.float32.itemsize // _TILE_PART)
+    part = _WIDE_TILE_PART if weight.element_size() >= torch.float32.itemsize else _NARROW_TILE_PART
+    return max(_SMALLEST_TILE_BYTES, int(part * weight.numel()))
 
 
 def _check(hidden: torch.Tensor, head: LinearHead, targets: LinearTargets) -> None:
