@@ -92,7 +92,7 @@ def command(
     }
     settings = build_settings(EvaluateSettings, values, where="logitstore evaluate")
     check_outputs(report, harness, harness_folder)
-    evaluations = evaluate_by_name(students, settings, quiet=quiet)
+    settings, evaluations = evaluate_by_name(students, settings, quiet=quiet)
     tasks = run_tasks(students, settings, harness or [], harness_folder)
     if os.environ.get("RANK", "0") != "0":
         return
@@ -176,19 +176,29 @@ def check_outputs(report: Path | None, harness: Sequence[str] | None, harness_fo
         raise ConfigError(f"--report: {report}: expected a new file or an earlier page, found another; choose a name")
 
 
-def evaluate_by_name(students: Sequence[str], settings: EvaluateSettings, *, quiet: bool) -> dict[str, Evaluation]:
-    """Evaluations by the students' short names, with a progress bar on stderr; on every rank."""
+def evaluate_by_name(
+    students: Sequence[str], settings: EvaluateSettings, *, quiet: bool
+) -> tuple[EvaluateSettings, dict[str, Evaluation]]:
+    """Evaluations by the students' short names, with a progress bar on stderr; on every rank.
+
+    The settings come back with the number of the manifest that all of them are of.
+    """
     from tools.look import show_progress
-    from trainer.evaluate import evaluate_students
+    from trainer.distributed import join_processes
+    from trainer.evaluate import evaluate_students, pin_manifest
 
     names = name_students(students)
     evaluations = {}
-    with show_progress("evaluate", quiet=quiet or len(students) < 2) as progress:
+    with (
+        join_processes(settings.device) as processes,
+        show_progress("evaluate", quiet=quiet or len(students) < 2) as progress,
+    ):
+        settings = pin_manifest(settings, processes)
         progress(0, len(students), names[0])
         for number, (name, evaluation) in enumerate(zip(names, evaluate_students(settings, students), strict=True), 1):
             evaluations[name] = evaluation
             progress(number, len(students), names[min(number, len(students) - 1)])
-    return evaluations
+    return settings, evaluations
 
 
 def name_students(students: Sequence[str]) -> list[str]:
@@ -235,14 +245,15 @@ def show(
     from tools.look import print_json, print_result
 
     if as_json:
-        print_json(describe_evaluations(evaluations, tasks, students))
+        print_json(describe_evaluations(evaluations, tasks, students, settings))
         return
+    where = f"{settings.store}, manifest {settings.manifest}"
     tables: list[Table] = []
     if len(evaluations) == 1:
         [evaluation] = evaluations.values()
-        tables.append(render_evaluation(evaluation, f"{students[0]} on {settings.store}"))
+        tables.append(render_evaluation(evaluation, f"{students[0]} on {where}"))
     else:
-        tables.append(render_comparison(evaluations, f"{len(students)} students on {settings.store}"))
+        tables.append(render_comparison(evaluations, f"{len(students)} students on {where}"))
     tables += list_part_tables(evaluations)
     if tasks:
         tables.append(render_tasks(tasks))
@@ -250,7 +261,10 @@ def show(
 
 
 def describe_evaluations(
-    evaluations: dict[str, Evaluation], tasks: dict[str, list[TaskFigure]], students: Sequence[str]
+    evaluations: dict[str, Evaluation],
+    tasks: dict[str, list[TaskFigure]],
+    students: Sequence[str],
+    settings: EvaluateSettings,
 ) -> dict[str, Any]:
     """Plain values: the figures of one student, or `students` with those of each."""
     from dataclasses import asdict
@@ -258,7 +272,8 @@ def describe_evaluations(
     described = []
     for student, (name, evaluation) in zip(students, evaluations.items(), strict=True):
         harness = {"harness": [asdict(figure) for figure in tasks[name]]} if tasks else {}
-        described.append({"name": name, "student": student, **evaluation.to_json(), **harness})
+        origin = {"name": name, "student": student, "manifest": settings.manifest}
+        described.append({**origin, **evaluation.to_json(), **harness})
     return described[0] if len(described) == 1 else {"students": described}
 
 

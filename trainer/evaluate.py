@@ -31,6 +31,7 @@ from trainer.evaluation_sums import (
 from trainer.micro_batches import MicroBatches
 from trainer.record_groups import RecordGroups
 from trainer.sources import read_records
+from trainer.stores import open_at_one_manifest
 from trainer.student import build_student, check_student_fits
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "evaluate_records",
     "evaluate_student",
     "evaluate_students",
+    "pin_manifest",
 ]
 
 
@@ -77,7 +79,7 @@ def evaluate_students(settings: EvaluateSettings, students: Sequence[str]) -> It
     from trainer.vocabularies.student_reader import find_student_reader
 
     with join_processes(settings.device) as processes:
-        store = LogitStore.open(settings.store, settings.manifest, settings.storage_options)
+        store = open_at_one_manifest(settings.store, settings.manifest, settings.storage_options, processes)
         train, held_out = select_records(store, settings.where, settings.held_out)
         records = train if settings.held_out is None else held_out
         for folder in students:
@@ -94,6 +96,15 @@ def evaluate_students(settings: EvaluateSettings, students: Sequence[str]) -> It
                 precision=settings.precision,
                 processes=processes,
             )
+
+
+def pin_manifest(settings: EvaluateSettings, processes: Processes) -> EvaluateSettings:
+    """The same settings with the number that `latest` is on rank 0 now: a store may grow while it is evaluated on.
+
+    Every rank has to come here.
+    """
+    store = open_at_one_manifest(settings.store, settings.manifest, settings.storage_options, processes)
+    return settings.model_copy(update={"manifest": store.manifest_number})
 
 
 def evaluate_records(

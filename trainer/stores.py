@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 from logitstore.errors import ConfigError
 from logitstore.store.logit_store import LogitStore
+from logitstore.stream.cache import RowGroupCache
 from trainer.checkpoint import CheckpointHeader
 from trainer.config import TrainSettings
 from trainer.distributed import Processes
@@ -47,12 +49,7 @@ def open_pinned_stores(settings: TrainSettings, header: CheckpointHeader | None,
     ) -> LogitStore:
         options = settings.storage_options if asked.storage_options is None else asked.storage_options
         manifest = pinned if asked.manifest == "latest" and pinned is not None else asked.manifest
-        store = LogitStore.open(asked.store, manifest, options, cache=cache)
-        assert store.manifest_number is not None  # only a live snapshot has none
-        shared_number = processes.take_from_first(store.manifest_number)
-        if shared_number != store.manifest_number:
-            store = LogitStore.open(asked.store, shared_number, options, cache=cache)
-        return store
+        return open_at_one_manifest(asked.store, manifest, options, processes, cache=cache)
 
     asked: list[TrainSettings | FurtherTeacherSettings] = [settings, *settings.further_teachers]
     teachers = tuple(
@@ -66,6 +63,23 @@ def open_pinned_stores(settings: TrainSettings, header: CheckpointHeader | None,
         corpora.append(open_pinned(corpus, by_url.get(corpus.store)))
         by_url.setdefault(corpus.store, corpora[-1].manifest_number)
     return RunStores(teachers=teachers, corpora=tuple(corpora))
+
+
+def open_at_one_manifest(
+    url: str,
+    manifest: int | Literal["latest"],
+    storage_options: dict[str, Any],
+    processes: Processes,
+    *,
+    cache: RowGroupCache | None = None,
+) -> LogitStore:
+    """Open a store on every rank at the manifest that rank 0 finds; every rank has to come here."""
+    store = LogitStore.open(url, manifest, storage_options, cache=cache)
+    assert store.manifest_number is not None  # only a live snapshot has none
+    shared_number = processes.take_from_first(store.manifest_number)
+    if shared_number == store.manifest_number:
+        return store
+    return LogitStore.open(url, shared_number, storage_options, cache=cache)
 
 
 def list_manifests(stores: Sequence[LogitStore]) -> list[int]:

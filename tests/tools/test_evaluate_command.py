@@ -19,9 +19,12 @@ from taught_stores import build_model
 from tiny_models import save_model
 
 from logitstore.errors import ConfigError
+from logitstore.store.files import StoreFiles
 from logitstore.store.logit_store import LogitStore
+from logitstore.store.manifest import write_manifest
 from tools.evaluate import name_students
 from tools.report import StudentResult, build_comparison, list_compared
+from trainer.evaluate import evaluate_records
 from trainer.evaluation import Evaluation
 from trainer.harness import TaskFigure, list_figures, run_harness
 
@@ -80,6 +83,22 @@ def test_conditions_choose_among_the_records(students: tuple[Path, Path], store:
     assert [part["name"] for part in found["by_source"]] == ["code"]
     assert [part["name"] for part in found["by_label"]] == ["de"]
     assert 0 < found["positions"] < logitstore.json(*arguments)["positions"]
+
+
+def test_store_that_grows_meanwhile_is_reported_as_it_was_evaluated(
+    students: tuple[Path, Path], tmp_path: Path, logitstore: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    growing, page = build_labelled_store(tmp_path), tmp_path / "page.html"
+
+    def grow_and_evaluate(*arguments: Any, **options: Any) -> Evaluation:
+        write_manifest(StoreFiles(growing.url), growing.plan.compute_fingerprint(), without=[3])
+        return evaluate_records(*arguments, **options)
+
+    monkeypatch.setattr("trainer.evaluate.evaluate_records", grow_and_evaluate)
+    found = logitstore.json("evaluate", students[0], "--store", growing.url, "--all", "--report", page)
+    assert LogitStore.open(growing.url).manifest_number == 2
+    assert found["manifest"] == 1
+    assert re.search(r"manifest</dt><dd>1<", page.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize(
