@@ -178,7 +178,7 @@ class Run:
         is_cut = is_sharded(self.model)
         self.model = unwrap_student(self.model)
         if isinstance(self.model, TranslatedStudent):
-            log_counts(self.model.counts)
+            log_counts(self.model.counts, self.processes)
         if is_cut:
             self.model = torch.nn.Identity()
             del self.student, self.optimizer

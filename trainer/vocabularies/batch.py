@@ -21,6 +21,8 @@ class TranslatedBatch(TrainBatch):
     What `TrainBatch` says of the teacher stands at the student's positions that are about the same text as one of the
     teacher's, in the teacher's order; `support_ids` mean nothing to the student and are 0.
 
+    Records that have no position in the student's tokens are one of padding, which attends to itself.
+
     Attributes:
         span_ids: [B, T] int64, the span that the next token is part of; -1 of none.
         teacher_span_logprobs: [S] float32, nats.
@@ -72,7 +74,8 @@ def collate_translated(
     return TranslatedBatch(
         input_ids=spread(matched.token_ids[place], 0),
         next_ids=spread(matched.token_ids[place + 1], 0),
-        attention_mask=spread(np.ones(len(place), dtype=np.int64), 0),
+        # Models may make NaN of a row that attends to nothing: records without a position attend to their padding.
+        attention_mask=spread(np.ones(len(place), dtype=np.int64), 0 if len(place) else 1),
         loss_mask=spread(matched.is_taught[place + 1], False),
         support_ids=torch.zeros(support.shape, dtype=torch.int64),
         support_logprobs=support,

@@ -14,6 +14,7 @@ from logitstore.store.logit_store import LogitStore
 from logitstore.teacher.protocol import TeacherIdentity
 from logitstore.teacher.tokenizer import TeacherTokenizer, load_tokenizer
 from trainer.config import TrainSettings
+from trainer.distributed import Processes
 from trainer.stores import RunStores
 from trainer.student import TOKENIZER_FILES
 from trainer.vocabularies.batch import TranslatedBatch, collate_translated
@@ -130,16 +131,22 @@ def find_student_reader(folder: str, store: LogitStore) -> StudentReader | None:
     return StudentReader(OtherTokenizerSettings(method="spans"), [store], student_model=folder)
 
 
-def log_counts(counts: TranslationCounts) -> None:
-    """Say what of the text of a run was taught in spans; as a warning where much was not."""
-    share = counts.span_bytes / max(1, counts.text_bytes)
+def log_counts(counts: TranslationCounts, processes: Processes) -> None:
+    """Say on rank 0 what of its text was taught in spans, if it had any; as a warning where much was not.
+
+    Its text alone: a run that failed has to come here too, with no other rank to wait for.
+    """
+    if processes.rank or not counts.text_bytes:
+        return
+    share = counts.span_bytes / counts.text_bytes
     _LOGGER.log(
         logging.INFO if share >= _ENOUGH_TEXT else logging.WARNING,
-        "other_tokenizer: %.1f%% of %d bytes of text were in %d spans that teacher and student share; %d bytes are no "
-        "UTF-8 or cut by the border of a record, the student's tokenizer changes %d, and the store does not know %d "
-        "spans; the rest stands at the borders of records, or is not taught",
+        "other_tokenizer: %.1f%% of %d bytes of text%s were in %d spans that teacher and student share; %d bytes are "
+        "no UTF-8 or cut by the border of a record, the student's tokenizer changes %d, and the store does not know "
+        "%d spans; the rest stands at the borders of records, or is not taught",
         100 * share,
         counts.text_bytes,
+        " on rank 0" if processes.world_size > 1 else "",
         counts.spans,
         counts.undecodable_bytes,
         counts.respelled_bytes,
