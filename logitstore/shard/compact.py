@@ -19,6 +19,8 @@ import functools
 
 import numpy as np
 
+from logitstore.shard.compiled import find_decode_rows
+
 _ROOT_LEVELS = 640
 _BREAK_LEVEL = 632
 _BREAK_ROOT = 1 - _BREAK_LEVEL / _ROOT_LEVELS
@@ -136,16 +138,14 @@ def _decode_uniform(steps: np.ndarray, tail_logprob: np.ndarray) -> np.ndarray:
     """[P · K] float32, the same for [P, K] steps; in parts that stay in a core's cache, which takes half the time."""
     decoded = np.empty(steps.shape, dtype=np.float32)
     rows = max(1, _ENTRIES_AT_A_TIME // steps.shape[1])
+    decode_rows = find_decode_rows(steps.shape) if steps.dtype == np.int32 else None
     sums = _RowSums(min(rows, len(steps)), steps.shape[1])
-    probs = np.empty(sums.shape, dtype=np.float32)
     for start in range(0, len(steps), rows):
-        target = decoded[start : start + rows]
-        levels, largest = sums.compute(steps[start : start + rows])
-        logprob_of, _ = _build_tables(max(_TABLE_LEVELS, largest + 1))
-        # All levels are in range; with "clip" NumPy writes them at once to where they go.
-        np.take(logprob_of, levels, out=target, mode="clip")
-        np.exp(target, out=probs[: len(target)])  # quicker than another table
-        mass = np.einsum("ij->i", probs[: len(target)])
+        part, target = steps[start : start + rows], decoded[start : start + rows]
+        mass = np.empty(len(part))
+        tables = _build_tables(_TABLE_LEVELS)
+        if decode_rows is None or not decode_rows(part, *tables, target, mass):
+            mass = sums.decode(part, target)
         target += _compute_shift(mass, tail_logprob[start : start + rows])[:, None]
     return decoded.ravel()
 
@@ -225,6 +225,7 @@ class _RowSums:
     def __init__(self, rows: int, length: int) -> None:
         self.shape = (rows, length)
         self._levels = np.empty(self.shape, dtype=np.intp)
+        self._probs = np.empty(self.shape)
         self._steps = np.empty(self.shape, dtype="<u2")
         self._totals, self._before = (np.empty((rows, length // 4), dtype="<u8") for _ in range(2))
 
@@ -246,8 +247,19 @@ class _RowSums:
             levels[...] = short
         return levels, int(levels[:, -1].max())
 
+    def decode(self, steps: np.ndarray, logprobs: np.ndarray) -> np.ndarray:
+        """[P] float64, the masses of supports before rescaling; fills [P, K] `logprobs`, as `compiled.decode_rows`."""
+        levels, largest = self.compute(steps)
+        logprob_of, prob_of = _build_tables(max(_TABLE_LEVELS, largest + 1))
+        probs = self._probs[: len(steps)]
+        # All levels are in range; with "clip" NumPy writes them at once to where they go.
+        np.take(logprob_of, levels, out=logprobs, mode="clip")
+        np.take(prob_of, levels, out=probs, mode="clip")
+        mass: np.ndarray = probs.sum(axis=1)
+        return mass
 
-@functools.lru_cache(maxsize=1)
+
+@functools.lru_cache(maxsize=2)
 def _build_tables(num_levels: int) -> tuple[np.ndarray, np.ndarray]:
     """[num_levels] float32 and float64: logprob and probability of the first levels."""
     logprobs = compute_level_logprobs(np.arange(num_levels))

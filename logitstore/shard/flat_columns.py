@@ -10,7 +10,7 @@ layout of a footer (Thrift's compact protocol) is that of the Parquet specificat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -27,45 +27,85 @@ _MAGIC = b"PAR1"
 _VERSION_2_BEGINS = b"\x15\x06"
 
 
-def read_flat_column(chunk: pq.ColumnChunkMetaData, offset: int, data: bytes) -> np.ndarray | None:
-    """[N] the values of all lists of a column chunk, joined, as Parquet keeps them; None where they are to be had only
-    with their lists.
+def read_flat_columns(chunks: Mapping[str, pq.ColumnChunkMetaData], offset: int, data: bytes) -> dict[str, np.ndarray]:
+    """[N] the values of all lists of a column chunk, joined, as Parquet keeps them, of those whose values are to be had
+    without their lists.
 
     Args:
-        chunk: from the file's own footer.
+        chunks: of a row group, from the file's own footer, by any names.
         offset: where `data` begins in the file.
-        data: bytes in which the chunk lies.
+        data: bytes in which the chunks lie.
     """
-    is_usual = chunk.compression == "ZSTD" and "BYTE_STREAM_SPLIT" in chunk.encodings and not chunk.has_dictionary_page
-    if not is_usual or chunk.physical_type not in _PHYSICAL_TYPES:
-        return None
+    alike: dict[int, dict[str, pq.ColumnChunkMetaData]] = {}
+    for name, chunk in chunks.items():
+        if _is_usual(chunk, offset, data):
+            alike.setdefault(chunk.num_values, {})[name] = chunk
+    values: dict[str, np.ndarray] = {}
+    for of_one_length in alike.values():
+        values |= _read_alike(of_one_length, offset, data)
+    return values
+
+
+def _is_usual(chunk: pq.ColumnChunkMetaData, offset: int, data: bytes) -> bool:
     start = chunk.data_page_offset - offset
-    if data[start : start + 2] != _VERSION_2_BEGINS:
-        return None
-    footer = _write_footer(chunk, offset)
+    return (
+        chunk.compression == "ZSTD"
+        and "BYTE_STREAM_SPLIT" in chunk.encodings
+        and not chunk.has_dictionary_page
+        and chunk.physical_type in _PHYSICAL_TYPES
+        and data[start : start + 2] == _VERSION_2_BEGINS
+    )
+
+
+def _read_alike(chunks: Mapping[str, pq.ColumnChunkMetaData], offset: int, data: bytes) -> dict[str, np.ndarray]:
+    """Of columns of equally many values: one reader for all of them, since to set one up takes its time."""
+    footer = _write_footer(list(chunks.values()), offset)
     framed = _MAGIC + footer + len(footer).to_bytes(4, "little") + _MAGIC
     try:
         metadata = pq.read_metadata(pa.BufferReader(framed))
         file = pq.ParquetFile(pa.BufferReader(data), metadata=metadata, pre_buffer=False)
-        column = file.read_row_group(0, use_threads=False).column(0)
+        columns = file.read_row_group(0, use_threads=False).columns
     except (pa.ArrowException, OSError):
-        return None
-    values: np.ndarray = column.to_numpy()
-    return values
+        return {}
+    return {name: column.to_numpy() for name, column in zip(chunks, columns, strict=True)}
 
 
-def _write_footer(chunk: pq.ColumnChunkMetaData, offset: int) -> bytes:
-    """FileMetaData of a file of one row group of one column, `values`, in whose bytes the chunk lies."""
-    physical_type = _write_integer(_I32, 1, _PHYSICAL_TYPES[chunk.physical_type])
-    path = _write_binary(b"values")
+def _write_footer(chunks: Sequence[pq.ColumnChunkMetaData], offset: int) -> bytes:
+    """FileMetaData of a file of one row group, in whose plain columns 0, 1, … the chunks lie; all have equally many
+    values."""
+    num_values = chunks[0].num_values
+    root = _write_head(_BINARY, 4) + _write_binary(b"schema") + _write_integer(_I32, 1, len(chunks)) + _STOP
+    leaves = [
+        _write_integer(_I32, 1, _PHYSICAL_TYPES[chunk.physical_type])
+        + _write_integer(_I32, 2, _REQUIRED)
+        + _write_head(_BINARY, 1)
+        + _write_binary(b"%d" % number)
+        + _STOP
+        for number, chunk in enumerate(chunks)
+    ]
+    row_group = (
+        _write_list(1, _STRUCT, [_write_chunk(chunk, offset, b"%d" % number) for number, chunk in enumerate(chunks)])
+        + _write_integer(_I64, 1, sum(chunk.total_uncompressed_size for chunk in chunks))
+        + _write_integer(_I64, 1, num_values)
+        + _STOP
+    )
+    return (
+        _write_integer(_I32, 1, 2)
+        + _write_list(1, _STRUCT, [root, *leaves])
+        + _write_integer(_I64, 1, num_values)
+        + _write_list(1, _STRUCT, [row_group])
+        + _STOP
+    )
+
+
+def _write_chunk(chunk: pq.ColumnChunkMetaData, offset: int, name: bytes) -> bytes:
+    """ColumnChunk and ColumnMetaData, of a plain column."""
     start = chunk.data_page_offset - offset
-    root = _write_head(_BINARY, 4) + _write_binary(b"schema") + _write_integer(_I32, 1, 1) + _STOP
-    leaf = physical_type + _write_integer(_I32, 2, _REQUIRED) + _write_head(_BINARY, 1) + path + _STOP
     encodings = [_zigzag(_RLE), _zigzag(_BYTE_STREAM_SPLIT)]
     column = (
-        physical_type
+        _write_integer(_I32, 1, _PHYSICAL_TYPES[chunk.physical_type])
         + _write_list(1, _I32, encodings)
-        + _write_list(1, _BINARY, [path])
+        + _write_list(1, _BINARY, [_write_binary(name)])
         + _write_integer(_I32, 1, _ZSTD)
         + _write_integer(_I64, 1, chunk.num_values)
         + _write_integer(_I64, 1, chunk.total_uncompressed_size)
@@ -73,20 +113,7 @@ def _write_footer(chunk: pq.ColumnChunkMetaData, offset: int) -> bytes:
         + _write_integer(_I64, 2, start)
         + _STOP
     )
-    chunks = [_write_integer(_I64, 2, start) + _write_head(_STRUCT, 1) + column + _STOP]
-    row_group = (
-        _write_list(1, _STRUCT, chunks)
-        + _write_integer(_I64, 1, chunk.total_uncompressed_size)
-        + _write_integer(_I64, 1, chunk.num_values)
-        + _STOP
-    )
-    return (
-        _write_integer(_I32, 1, 2)
-        + _write_list(1, _STRUCT, [root, leaf])
-        + _write_integer(_I64, 1, chunk.num_values)
-        + _write_list(1, _STRUCT, [row_group])
-        + _STOP
-    )
+    return _write_integer(_I64, 2, start) + _write_head(_STRUCT, 1) + column + _STOP
 
 
 def _write_head(kind: int, step: int) -> bytes:

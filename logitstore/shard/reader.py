@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from logitstore.errors import CorruptShardError
 from logitstore.records import RecordBatch
 from logitstore.shard.exit_guard import hold_exit
-from logitstore.shard.flat_columns import read_flat_column
+from logitstore.shard.flat_columns import read_flat_columns
 from logitstore.shard.layout import SPLIT_COLUMNS, ShardHeader, build_batch, list_columns, read_header
 
 
@@ -109,14 +109,10 @@ def _read_flat(
     metadata: pq.FileMetaData, row_group: int, offset: int, data: bytes, columns: list[str]
 ) -> dict[str, np.ndarray]:
     """Values of the columns that make up nearly all of a row group, of those that can be read without their lists."""
-    chunks = metadata.row_group(row_group)
-    flat: dict[str, np.ndarray] = {}
-    for index in range(chunks.num_columns):
-        chunk = chunks.column(index)
-        name = chunk.path_in_schema.partition(".")[0]
-        if name in SPLIT_COLUMNS and name in columns and (values := read_flat_column(chunk, offset, data)) is not None:
-            flat[name] = values
-    return flat
+    found = metadata.row_group(row_group)
+    chunks = [found.column(index) for index in range(found.num_columns)]
+    named = {chunk.path_in_schema.partition(".")[0]: chunk for chunk in chunks}
+    return read_flat_columns({name: named[name] for name in columns if name in SPLIT_COLUMNS}, offset, data)
 
 
 class _FileWindow(io.RawIOBase):

@@ -21,7 +21,7 @@ from logitstore.errors import CorruptShardError
 from logitstore.records import Record, RecordBatch
 from logitstore.shard import compact
 from logitstore.shard.codec import Codec, CompactCodec, Float16Codec, Float32Codec
-from logitstore.shard.flat_columns import read_flat_column
+from logitstore.shard.flat_columns import read_flat_columns
 from logitstore.shard.layout import FORMAT_VERSION, SPLIT_COLUMNS, ShardHeader, list_columns
 from logitstore.shard.reader import _read_flat, decode_row_group, read_footer
 from logitstore.shard.writer import ShardSettings, write_shard
@@ -173,7 +173,7 @@ def test_pages_of_version_1_whose_levels_are_as_long_as_missing_values_are_left_
     )
     chunk = pq.read_metadata(path).row_group(0).column(0)
     assert "BYTE_STREAM_SPLIT" in chunk.encodings
-    assert read_flat_column(chunk, 0, path.read_bytes()) is None
+    assert read_flat_columns({"support_ids": chunk}, 0, path.read_bytes()) == {}
 
 
 class _PlainKeys(encryption.KmsClient):
