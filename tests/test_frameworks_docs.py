@@ -175,6 +175,18 @@ def test_one_process_goes_on_where_two_were_as_if_they_had_never_stopped(
         torch.testing.assert_close(weight, whole[key], rtol=0, atol=1e-5, msg=key)
 
 
+@pytest.mark.parametrize("name", LOOPS)
+def test_block_that_is_run_again_after_its_last_step_changes_nothing(
+    name: str, two_processes: Path, store: LogitStore
+) -> None:
+    skip_without(LOOPS[name][0])
+    shown, weights = Case(name, prepare(name, two_processes), str(two_processes / f"{name} whole")).run(store)
+    assert shown == []
+    _, (whole, _) = read_ranks(two_processes, f"{name} whole")
+    for key, weight in weights.items():
+        assert torch.equal(weight, whole[key]), key
+
+
 def test_ray_train_starts_workers_anew_at_the_last_checkpoint(
     folder: Path, tmp_path: Path, batches: Shown, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -86,7 +86,11 @@ class DistillationMixin(_Base):
         args.per_device_train_batch_size = _check_arguments(args, stream)
         args.ignore_data_skip = True  # the stream goes there at once, instead of reading all that was read before
         self._batches = StreamedBatches(
-            stream, num_parts=args.gradient_accumulation_steps, collate=collate, device=args.device
+            stream,
+            steps=args.max_steps,
+            num_parts=args.gradient_accumulation_steps,
+            collate=collate,
+            device=args.device,
         )
         position = StreamPosition(self._batches)
         options["callbacks"] = [*(options.get("callbacks") or ()), position]

@@ -23,12 +23,17 @@ _LOGGER = logging.getLogger(__name__)
 
 
 class StreamedBatches:
-    """The micro-batches of a stream, without end; each iteration goes on where the last one was."""
+    """The micro-batches of a stream, without end; each iteration goes on where the last one was.
+
+    Its length is that of a whole training: a trainer that goes on behind its last step then knows that it is done, and
+    makes none more.
+    """
 
     def __init__(
         self,
         stream: RecordStream,
         *,
+        steps: int,
         num_parts: int,
         collate: Callable[[RecordBatch], TrainBatch],
         device: torch.device,
@@ -37,13 +42,17 @@ class StreamedBatches:
 
         Args:
             stream: stays where it is, iterations read from a copy.
+            steps: of the training.
             num_parts: micro-batches of a step.
             collate: a micro-batch into tensors on the CPU.
             device: that the tensors go to.
         """
         self._stream = stream.split(0, 1)
-        self._num_parts, self._collate, self._device = num_parts, collate, device
+        self._steps, self._num_parts, self._collate, self._device = steps, num_parts, collate, device
         self._feed: Prefetcher | None = None
+
+    def __len__(self) -> int:
+        return self._steps * self._num_parts
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         settings = StreamSettings()
