@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,8 @@ def describe_records(settings: EvaluateSettings) -> str:
         which = f"held-out fraction {held_out.fraction:g}"
     if settings.where is None:
         return which
-    return f"{which}, where {settings.where.model_dump(exclude_none=True, exclude_defaults=True)}"
+    conditions = settings.where.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
+    return f"{which}, where {json.dumps(conditions, ensure_ascii=False)}"
 
 
 def build_evaluation_report(data: EvaluationReport) -> str:

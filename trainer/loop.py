@@ -197,7 +197,12 @@ def finish_run(run: Run, logs: RunLogs) -> TrainReport:
     student = collect_student(run)
     if student is not None:
         card = build_model_card(
-            run.settings, run.stores, steps=run.step, positions=run.positions, evaluation=evaluation
+            run.settings,
+            run.stores,
+            steps=run.step,
+            positions=run.positions,
+            evaluation=evaluation,
+            skipped_steps=run.skipped.total,
         )
         save_student(student, folder, run.identity, run.settings.student, card=card)
     run.processes.wait_for_all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from logitstore import __version__
 from logitstore.settings import Settings
 from logitstore.store.logit_store import LogitStore
+from logitstore.stream.where import Where
 from logitstore.url_secrets import hide_secrets
 from trainer.config import TrainSettings
 from trainer.evaluation import Evaluation
@@ -33,7 +35,13 @@ _FIGURES = (
 
 
 def build_model_card(
-    settings: TrainSettings, stores: RunStores, *, steps: int, positions: int, evaluation: Evaluation | None
+    settings: TrainSettings,
+    stores: RunStores,
+    *,
+    steps: int,
+    positions: int,
+    evaluation: Evaluation | None,
+    skipped_steps: int = 0,
 ) -> str:
     """The card of a student, in Markdown behind front matter that the Hugging Face hub reads.
 
@@ -42,9 +50,10 @@ def build_model_card(
     Args:
         settings: of its run.
         stores: that it was taught from.
-        steps: optimizer steps it made.
+        steps: optimizer steps it made, those that were skipped included.
         positions: it was trained on, over all steps.
         evaluation: on held-out records; None where nothing was held out.
+        skipped_steps: that left the student as it was, because loss or gradient were not finite.
     """
     name = Path(settings.output).resolve().name
     teachers = [_name_model(store.plan.teacher.model) for store in (*stores.teachers, *stores.corpora)]
@@ -59,9 +68,9 @@ def build_model_card(
         f"# {name}",
         f"A language model {how} with logitstore {__version__}.",
         "## Where it comes from",
-        *(_describe_store(store) for store in (*stores.teachers, *stores.corpora)),
+        *(_describe_store(store, where) for store, where in _list_read(settings, stores)),
         "## How it was taught",
-        _build_table(("", ""), list(_list_training(settings, steps, positions))),
+        _build_table(("", ""), list(_list_training(settings, steps, positions, skipped_steps))),
         "## What was measured",
         _describe_evaluation(settings, evaluation),
         "## How to run it",
@@ -107,7 +116,13 @@ def _find_base_model(settings: TrainSettings) -> str | None:
     return origin if is_name else None
 
 
-def _describe_store(store: LogitStore) -> str:
+def _list_read(settings: TrainSettings, stores: RunStores) -> Iterator[tuple[LogitStore, Where | None]]:
+    """Every store with the conditions that its records meet; further teachers speak about the records of the first."""
+    yield from ((store, settings.where) for store in stores.teachers)
+    yield from zip(stores.corpora, (corpus.where for corpus in settings.further_corpora), strict=True)
+
+
+def _describe_store(store: LogitStore, where: Where | None) -> str:
     plan = store.plan
     method = " ".join(f"{name}={value}" for name, value in _list_values(plan.method) if name != "kind")
     rows = [
@@ -120,10 +135,15 @@ def _describe_store(store: LogitStore) -> str:
         ("capture method", f"{plan.method.kind} {method}".strip()),
         ("codec", " ".join(f"{name}={value}" for name, value in _list_values(plan.shard.codec))),
     ]
+    if where is not None:
+        conditions = where.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
+        rows.append(("records", f"those that meet `{json.dumps(conditions, ensure_ascii=False)}`"))
     return _build_table(("", ""), rows)
 
 
-def _list_training(settings: TrainSettings, steps: int, positions: int) -> Iterator[tuple[str, str]]:
+def _list_training(
+    settings: TrainSettings, steps: int, positions: int, skipped_steps: int
+) -> Iterator[tuple[str, str]]:
     student = settings.student
     if student.from_teacher is not None:
         yield "began as", f"a cut of the teacher: {_describe(student.from_teacher)}"
@@ -134,16 +154,30 @@ def _list_training(settings: TrainSettings, steps: int, positions: int) -> Itera
     yield "loss", _describe(settings.loss)
     if settings.other_tokenizer is not None and settings.loss.kind != "cross_entropy":
         yield "in place of its kind", f"for a student with another tokenizer: {_describe(settings.other_tokenizer)}"
+    if settings.support_slots is not None:
+        yield "support", f"the {settings.support_slots:,} likeliest slots of every position, the others in the tail"
+    yield from _list_weights(settings)
+    yield "optimizer", f"{settings.optimizer.kind}, {_describe(settings.optimizer)}"
+    yield "schedule", _describe(settings.schedule)
+    skipped = f", {skipped_steps:,} of them skipped: loss or gradient were not finite" if skipped_steps else ""
+    yield "steps", f"{steps:,} of {settings.global_batch_sequences:,} sequences{skipped}"
+    if settings.skip_steps:
+        ranges = ", ".join(f"{start:,} to {stop - 1:,}" for start, stop in settings.skip_steps)
+        yield "global batches left out", f"{ranges}, counted from 0"
+    yield "tokens", f"{positions:,}"
+    yield "precision", f"{settings.precision}, weights in {student.dtype}"
+    order = "" if settings.order_seed is None else f", of the order of records {settings.order_seed}"
+    yield "seed", f"{settings.seed}{order}"
+
+
+def _list_weights(settings: TrainSettings) -> Iterator[tuple[str, str]]:
+    """What teachers, corpora and documents count beside each other."""
     for number, teacher in enumerate(settings.further_teachers, start=2):
         yield f"weight of teacher {number}", str(teacher.weight)
     for number, corpus in enumerate(settings.further_corpora, start=2):
         yield f"weight of corpus {number}", str(corpus.weight)
-    yield "optimizer", f"{settings.optimizer.kind}, {_describe(settings.optimizer)}"
-    yield "schedule", _describe(settings.schedule)
-    yield "steps", f"{steps:,} of {settings.global_batch_sequences:,} sequences"
-    yield "tokens", f"{positions:,}"
-    yield "precision", f"{settings.precision}, weights in {student.dtype}"
-    yield "seed", str(settings.seed)
+    if settings.document_weights is not None:
+        yield "weights of documents", _describe(settings.document_weights)
 
 
 def _describe_evaluation(settings: TrainSettings, evaluation: Evaluation | None) -> str:
@@ -158,7 +192,9 @@ def _describe_evaluation(settings: TrainSettings, evaluation: Evaluation | None)
 
 
 def _list_values(settings: Settings) -> list[tuple[str, object]]:
-    return [(name, value) for name, value in settings.model_dump(mode="json").items() if value not in (None, [], ())]
+    return [
+        (name, value) for name, value in settings.model_dump(mode="json").items() if value not in (None, [], (), {})
+    ]
 
 
 def _describe(settings: Settings) -> str:

@@ -95,6 +95,7 @@ def test_run_with_skipped_steps_ends_with_their_number_in_report_metrics_and_che
     assert ["train/loss" in line for line in trained] == [True, False, True, False, False, True, True, True]
     assert report.student is not None
     assert all(value.isfinite().all() for value in read_weights(report.student).values())
+    assert "sequences, 3 of them skipped:" in (report.student / "README.md").read_text(encoding="utf-8")
     checkpoint = find_latest_checkpoint(Path(settings.output) / "checkpoints")
     assert checkpoint is not None
     assert (read_header(checkpoint).skipped_steps, read_header(checkpoint).skipped_in_a_row) == (3, 0)

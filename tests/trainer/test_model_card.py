@@ -101,6 +101,43 @@ def test_card_of_a_student_with_another_tokenizer_names_how_it_was_taught(
     assert "in place of its kind" not in build(taught_store, make_settings(**changes))
 
 
+def test_card_names_what_was_read_and_what_counted_how_much(
+    taught_store: LogitStore, make_settings: MakeSettings
+) -> None:
+    settings = make_settings(
+        where={"sources": ["train"], "perplexity": {"max": 60}},
+        support_slots=3,
+        document_weights={"sources": {"train": 0.5}},
+        skip_steps=[[2, 4], [1200, 1201]],
+        order_seed=7,
+    )
+    stores = RunStores(teachers=(taught_store,))
+    card = build_model_card(settings, stores, steps=8, positions=10, evaluation=None, skipped_steps=2)
+    for row in (
+        '| records | those that meet `{"sources": ["train"], "perplexity": {"max": 60.0}}` |',
+        "| support | the 3 likeliest slots of every position, the others in the tail |",
+        "| weights of documents | sources {'train': 0.5} |",
+        "| steps | 8 of 8 sequences, 2 of them skipped: loss or gradient were not finite |",
+        "| global batches left out | 2 to 3, 1,200 to 1,200, counted from 0 |",
+        "| seed | 0, of the order of records 7 |",
+    ):
+        assert row in card, row
+    plain = build(taught_store, make_settings())
+    for label in ("records", "support", "weights of documents", "global batches left out"):
+        assert f"| {label} |" not in plain
+    assert "skipped" not in plain
+
+
+def test_card_of_several_corpora_names_the_conditions_of_each(
+    taught_store: LogitStore, make_settings: MakeSettings
+) -> None:
+    further = {"store": "elsewhere", "weight": 0.25, "where": {"sources": ["held"]}}
+    stores = RunStores(teachers=(taught_store,), corpora=(taught_store,))
+    settings = make_settings(further_corpora=[further])
+    card = build_model_card(settings, stores, steps=1, positions=10, evaluation=None)
+    assert card.count('| records | those that meet `{"sources": ["held"]}` |') == 1
+
+
 def test_card_hides_secrets_of_addresses(
     taught_store: LogitStore, make_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
