@@ -10,8 +10,9 @@ import yaml
 from checkout import ROOT
 
 from logitstore.settings import build_settings
-from trainer.config import OptimizerSettings, TrainSettings
+from trainer.config import TrainSettings
 from trainer.export import ExportFormat
+from trainer.optimizer_config import OptimizerSettings
 from trainer.student_config import FromTeacherSettings, LoraSettings
 
 PAGE = (ROOT / "docs/students.md").read_text(encoding="utf-8")

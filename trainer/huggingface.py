@@ -14,10 +14,10 @@ from logitstore.records import RecordBatch
 from logitstore.store.logit_store import LogitStore
 from logitstore.stream.iterator import RecordStream
 from trainer.batch import TrainBatch
-from trainer.config import ScheduleSettings
 from trainer.data import collate as collate_records
 from trainer.loss.settings import LossSettings
 from trainer.optimizer import compute_distillation_weight
+from trainer.optimizer_config import ScheduleSettings
 from trainer.stores import check_loss_fits_stores
 from trainer.streamed_batches import StreamedBatches, StreamPosition
 from trainer.student import check_student_fits

@@ -10,8 +10,8 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from logitstore.errors import ConfigError
-from trainer.config import OptimizerSettings, ScheduleSettings
 from trainer.loss.settings import LossSettings
+from trainer.optimizer_config import OptimizerSettings, ScheduleSettings
 
 WARMUP_FRACTION = 0.02  # where no number of warm-up steps is given
 

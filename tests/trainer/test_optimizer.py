@@ -11,7 +11,6 @@ import torch
 
 from logitstore.errors import ConfigError
 from logitstore.settings import build_settings
-from trainer.config import OptimizerSettings, ScheduleSettings
 from trainer.loss.settings import LossSettings
 from trainer.optimizer import (
     Optimizers,
@@ -20,6 +19,7 @@ from trainer.optimizer import (
     compute_learning_rate_scale,
     set_learning_rate,
 )
+from trainer.optimizer_config import OptimizerSettings, ScheduleSettings
 
 
 @pytest.mark.parametrize(

@@ -18,12 +18,12 @@ from logitstore.teacher.sparsify import SparseRows, sparsify
 from tools.quickstart.corpus import build_stdlib_root, is_held_out, read_sources
 from tools.quickstart.run import TEACHER
 from trainer.batch import TrainBatch
-from trainer.config import OptimizerSettings, ScheduleSettings
 from trainer.evaluate import Evaluation, build_evaluation, compute_evaluation_sums
 from trainer.loss.head import read_head
 from trainer.loss.module import SparseDistillationLoss
 from trainer.loss.settings import LossSettings
 from trainer.optimizer import Optimizers, build_optimizer, compute_learning_rate_scale, set_learning_rate
+from trainer.optimizer_config import OptimizerSettings, ScheduleSettings
 
 LENGTH = 256
 _SCHEDULE = ScheduleSettings(kind="wsd", decay_fraction=0.3)
