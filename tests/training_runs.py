@@ -82,7 +82,7 @@ def run_processes(settings: TrainSettings, folder: Path, world_size: int, *, sto
     """Train with a number of processes and return what they printed."""
     (folder / "script.py").write_text(SCRIPT, encoding="utf-8")
     (folder / "train.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")), encoding="utf-8")
-    return _launch(
+    return launch(
         world_size,
         [folder / "script.py", folder / "train.yaml"],
         {"STOP_STEP": str(stop_step), "STOP_RANK": str(world_size - 1)},
@@ -99,10 +99,10 @@ def make_runs(runs: list[dict[str, Any]], folder: Path, world_size: int) -> None
     """
     values = [{**run, "settings": run["settings"].model_dump(mode="json")} for run in runs]
     (folder / "runs.json").write_text(json.dumps(values), encoding="utf-8")
-    _launch(world_size, [ROOT / "tests/runs_of_ranks.py", folder / "runs.json"], {})
+    launch(world_size, [ROOT / "tests/runs_of_ranks.py", folder / "runs.json"], {})
 
 
-def _launch(world_size: int, arguments: list[Path], environment: dict[str, str]) -> str:
+def launch(world_size: int, arguments: list[Path], environment: dict[str, str]) -> str:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
     done = subprocess.run(
         [*launcher, *map(str, arguments)],

@@ -77,28 +77,34 @@ def save_checkpoint(
         The checkpoint's own folder.
 
     Raises:
-        TrainingError: it cannot be written, or processes do not see the same folder.
+        TrainingError: processes do not see the same folder, or there is state of a kind that cannot be kept.
+        OutsideError: it cannot be written.
     """
     path, is_first = folder / f"step-{header.step:06d}", processes.rank == 0
     if not processes.take_from_first(int((path / _HEADER).exists())):
         temporary = folder / f".{path.name}.tmp"
-        if is_first:
-            folder.mkdir(parents=True, exist_ok=True)
-            for leftover in folder.glob(".step-*.tmp"):
-                shutil.rmtree(leftover)
-            temporary.mkdir()
-        processes.wait_for_all()
-        write_state(temporary, student, optimizers, is_alone=processes.world_size == 1)
+        with processes.fail_together(temporary):
+            if is_first:
+                _clear(folder)
+                temporary.mkdir(parents=True)
+        write_state(temporary, student, optimizers, processes)
         _check_all_is_there(temporary, processes)
+        with processes.fail_together(path):
+            if is_first:
+                _write_header(temporary / _HEADER, header)
+                temporary.replace(path)
+    with processes.fail_together(folder):
         if is_first:
-            _write_header(temporary / _HEADER, header)
-            temporary.replace(path)
-    if is_first:
-        for step, older in _list_checkpoints(folder)[:-keep]:
-            if step < header.step:  # gone as a whole too, whatever happens while files are deleted
-                shutil.rmtree(older.replace(folder / f".{older.name}.tmp"))
-    processes.wait_for_all()
+            for step, older in _list_checkpoints(folder)[:-keep]:
+                if step < header.step:  # gone as a whole too, whatever happens while files are deleted
+                    shutil.rmtree(older.replace(folder / f".{older.name}.tmp"))
     return path
+
+
+def _clear(folder: Path) -> None:
+    """Delete what saving that was killed left."""
+    for leftover in folder.glob(".step-*.tmp"):
+        shutil.rmtree(leftover)
 
 
 def _check_all_is_there(folder: Path, processes: Processes) -> None:
@@ -107,7 +113,9 @@ def _check_all_is_there(folder: Path, processes: Processes) -> None:
     Raises:
         TrainingError: names the files that it does not see.
     """
-    if missing := processes.join_texts(find_missing(folder) if processes.rank == 0 else []):
+    with processes.fail_together(folder):
+        found = find_missing(folder) if processes.rank == 0 else []
+    if missing := processes.join_texts(found):
         raise TrainingError(
             f"{folder}: expected what all processes wrote, found no {', '.join(missing)}; give processes on several "
             "machines an output folder that they share"
@@ -162,7 +170,7 @@ def load_state(
         TrainingError: the files are damaged, or do not fit the student.
     """
     try:
-        read_state(path, student, optimizers, is_alone=processes.world_size == 1)
+        read_state(path, student, optimizers, processes)
     except TrainingError as error:
         raise TrainingError(f"{error}; {_what_to_do(path)}") from error
 

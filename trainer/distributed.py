@@ -6,11 +6,12 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from logitstore.errors import ConfigError
+from logitstore.errors import ConfigError, LogitStoreError, OutsideError, TrainingError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,48 @@ class Processes:
         gathered: list[list[str]] = [[] for _ in range(self.world_size)]
         dist.all_gather_object(gathered, list(texts))
         return [text for of_rank in gathered for text in of_rank]
+
+    @contextmanager
+    def fail_together(self, where: str | Path) -> Iterator[None]:
+        """Have every rank fail with the same error where one does, which the others would else wait for.
+
+        Every rank has to come here, and nothing in the block may wait for other ranks. The error is that of the lowest
+        rank that has one.
+
+        Args:
+            where: the block is at work, for what memory or disk have to say.
+
+        Raises:
+            LogitStoreError: as in the block of some rank.
+            TrainingError: a rank's memory is too small.
+            OutsideError: a rank's files cannot be read or written.
+        """
+        failure: LogitStoreError | None = None
+        try:
+            yield
+        except (LogitStoreError, torch.OutOfMemoryError, OSError) as error:
+            failure = self._describe_failure(where, error)
+            failure.__cause__ = None if error is failure else error
+        failures: list[LogitStoreError | None] = [failure]
+        if self.world_size > 1:
+            failures = [None] * self.world_size
+            dist.all_gather_object(failures, failure)
+        for rank, found in enumerate(failures):
+            if found is not None:
+                raise failure if failure is not None and rank == self.rank else found
+
+    def _describe_failure(self, where: str | Path, error: Exception) -> LogitStoreError:
+        if isinstance(error, LogitStoreError):
+            return error
+        if isinstance(error, torch.OutOfMemoryError):
+            return TrainingError(
+                f"{where}: expected room in the memory of {self.device}, found {error}; take a smaller student, cut it "
+                "among more processes with parallel: fsdp, or have fewer runs side by side"
+            )
+        return OutsideError(
+            f"{where}: expected files that can be read and written, found {type(error).__name__}: {error}; look to "
+            "room and permissions, and run the same command again"
+        )
 
     def wait_for_all(self) -> None:
         """Return when every rank has come here."""

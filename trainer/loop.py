@@ -26,8 +26,9 @@ from trainer.optimizer import compute_distillation_weight, compute_learning_rate
 from trainer.parallel import clip_gradient, count_passes, synchronize_gradients
 from trainer.prefetch import PreparedStep
 from trainer.progress import StepResult
-from trainer.run import Run, collect_student, evaluate_run, prepare_run, save_run
+from trainer.run import Run, prepare_run
 from trainer.run_logs import RunLogs
+from trainer.run_results import collect_student, evaluate_run, save_run
 from trainer.student import save_student
 
 _LOGGER = logging.getLogger(__name__)
@@ -87,9 +88,9 @@ def train(settings: TrainSettings, *, on_step: Callable[[StepResult], None] | No
             should_stop = processes.sum_over_ranks([stop_request.is_made])[0] > 0  # all ranks stop at the same step
             if should_stop:  # at once: whoever asked may not wait for an evaluation
                 save_run(run)
-            if _is_due(run, settings.evaluate_every) and run.step < settings.steps:
+            if is_due(run, settings.evaluate_every) and run.step < settings.steps:
                 logs.write_evaluation(evaluate_run(run))
-            if _is_due(run, settings.checkpoint_every) and not should_stop:
+            if is_checkpoint_due(run) and not should_stop:
                 save_run(run)
 
         if run.document_weights is not None and run.step > first_step:
@@ -195,17 +196,17 @@ def finish_run(run: Run, logs: RunLogs) -> TrainReport:
         logs.write_evaluation(evaluation)
     folder = run.output / "student"
     student = collect_student(run)
-    if student is not None:
-        card = build_model_card(
-            run.settings,
-            run.stores,
-            steps=run.step,
-            positions=run.positions,
-            evaluation=evaluation,
-            skipped_steps=run.skipped.total,
-        )
-        save_student(student, folder, run.identity, run.settings.student, card=card)
-    run.processes.wait_for_all()
+    with run.processes.fail_together(folder):
+        if student is not None:
+            card = build_model_card(
+                run.settings,
+                run.stores,
+                steps=run.step,
+                positions=run.positions,
+                evaluation=evaluation,
+                skipped_steps=run.skipped.total,
+            )
+            save_student(student, folder, run.identity, run.settings.student, card=card)
     return _report(run, evaluation=evaluation, student=folder)
 
 
@@ -228,6 +229,11 @@ def seed_random(seed: int, step: int, rank: int) -> None:
     random.seed(int(drawn[1]))
 
 
-def _is_due(run: Run, every: int | None) -> bool:
+def is_due(run: Run, every: int | None) -> bool:
     """Whether something that happens every so many steps, and after the last one, happens now."""
     return every is not None and (run.step % every == 0 or run.step == run.settings.steps)
+
+
+def is_checkpoint_due(run: Run) -> bool:
+    """Whether the run is saved after this step; after the last it is, so that its end can be done again."""
+    return is_due(run, run.settings.checkpoint_every) or run.step == run.settings.steps

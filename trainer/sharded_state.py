@@ -20,13 +20,16 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
-from logitstore.errors import TrainingError
+from logitstore.errors import OutsideError, TrainingError
+from trainer.distributed import Processes
 
 _STUDENT, _OPTIMIZER, _NUMBER = "student.", "optimizer.", "number."
+# Whose state a tensor is put into, for which of its parameters, and its key there.
+_State = tuple[torch.optim.Optimizer, torch.nn.Parameter, str, torch.Tensor]
 
 
 def write_state(
-    folder: Path, student: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer], *, is_alone: bool
+    folder: Path, student: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer], processes: Processes
 ) -> None:
     """Write this process's part of the state into an empty folder; every process has to come here.
 
@@ -34,23 +37,51 @@ def write_state(
         folder: that all processes see.
         student: of which other processes have a copy, or other parts.
         optimizers: of its parameters.
-        is_alone: whether this is the only process.
+        processes: that have the parts.
 
     Raises:
-        TrainingError: it cannot be written.
+        TrainingError: there is state of a kind that cannot be kept.
+        OutsideError: it cannot be written.
     """
-    tensors = {**_list_weights(student), **_list_optimizer_state(student, optimizers)}
-    _run_together(folder, is_alone, lambda: save(tensors, checkpoint_id=folder, no_dist=is_alone))
+    is_alone = processes.world_size == 1
+    with processes.fail_together(folder):
+        tensors = {**_list_weights(student), **_list_optimizer_state(student, optimizers)}
+    try:
+        _run_together(is_alone, lambda: save(tensors, checkpoint_id=folder, no_dist=is_alone))
+    except _TogetherError as error:
+        raise OutsideError(
+            f"{folder}: expected to write a checkpoint, found {error}; look to room and permissions, and run the same "
+            "command again: it goes on from the newest checkpoint"
+        ) from error
 
 
 def read_state(
-    folder: Path, student: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer], *, is_alone: bool
+    folder: Path, student: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer], processes: Processes
 ) -> None:
     """Put what `write_state` wrote into a student and its optimizers, in place; every process has to come here.
 
     Raises:
         TrainingError: the files are damaged, or do not fit the student.
     """
+    is_alone = processes.world_size == 1
+    with processes.fail_together(folder):
+        weights, states = _plan_reading(folder, student, optimizers)
+    tensors = {**weights, **{name: tensor for name, (*_, tensor) in states.items()}}
+    try:
+        _run_together(is_alone, lambda: load(tensors, checkpoint_id=folder, no_dist=is_alone))
+    except _TogetherError as error:
+        raise TrainingError(f"{folder}: {error}") from error
+    for optimizer in optimizers:
+        optimizer.state.clear()
+    for name, (optimizer, parameter, key, tensor) in states.items():
+        state = optimizer.state.setdefault(parameter, {})
+        state[key] = tensor.item() if name.startswith(_NUMBER) else tensor
+
+
+def _plan_reading(
+    folder: Path, student: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]
+) -> tuple[dict[str, torch.Tensor], dict[str, _State]]:
+    """What a checkpoint is read into: the student's weights, and empty tensors for the state of optimizers."""
     try:
         saved = _list_saved(_read_metadata(folder))
     except (OSError, ValueError, EOFError, AttributeError, pickle.UnpicklingError) as error:
@@ -58,15 +89,9 @@ def read_state(
     weights = _list_weights(student)
     _check_names(folder, weights, {name for name in saved if name.startswith(_STUDENT)})
     states = _allocate_optimizer_state(student, optimizers, saved)
-    tensors = {**weights, **{name: tensor for name, (*_, tensor) in states.items()}}
-    if unknown := sorted(saved.keys() - tensors.keys()):
+    if unknown := sorted(saved.keys() - weights.keys() - states.keys()):
         raise TrainingError(f"{folder}: expected state of the student's own weights, found {', '.join(unknown[:5])}")
-    _run_together(folder, is_alone, lambda: load(tensors, checkpoint_id=folder, no_dist=is_alone))
-    for optimizer in optimizers:
-        optimizer.state.clear()
-    for name, (optimizer, parameter, key, tensor) in states.items():
-        state = optimizer.state.setdefault(parameter, {})
-        state[key] = tensor.item() if name.startswith(_NUMBER) else tensor
+    return weights, states
 
 
 def find_missing(folder: Path) -> list[str]:
@@ -100,7 +125,9 @@ def _list_optimizer_state(
                     )
                 found[f"{_OPTIMIZER}{name}.{key}"] = value.detach()
             elif isinstance(value, int | float):
-                found[f"{_NUMBER}{name}.{key}"] = torch.tensor(value)
+                # As exact as Python's own; a float would become one of 32 bits.
+                dtype = torch.float64 if isinstance(value, float) else None
+                found[f"{_NUMBER}{name}.{key}"] = torch.tensor(value, dtype=dtype)
             else:
                 raise TrainingError(
                     f"checkpoint: expected tensors and numbers in the state of {type(optimizer).__name__}, found "
@@ -111,7 +138,7 @@ def _list_optimizer_state(
 
 def _allocate_optimizer_state(
     student: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer], saved: dict[str, TensorStorageMetadata]
-) -> dict[str, tuple[torch.optim.Optimizer, torch.nn.Parameter, str, torch.Tensor]]:
+) -> dict[str, _State]:
     """Empty tensors for what was saved, by name: whose state each goes into, its key there, and the tensor."""
     owners = {name: (parameter, optimizer) for name, parameter, optimizer in _list_optimized(student, optimizers)}
     found = {}
@@ -124,7 +151,8 @@ def _allocate_optimizer_state(
         if entry.size == parameter.shape and not name.startswith(_NUMBER):
             tensor = torch.empty_like(parameter.detach(), dtype=dtype)
         else:
-            is_on_cpu = not entry.size and not _keeps_steps_on_device(optimizer, parameter)
+            is_number = name.startswith(_NUMBER)
+            is_on_cpu = is_number or (not entry.size and not _keeps_steps_on_device(optimizer, parameter))
             tensor = torch.empty(entry.size, dtype=dtype, device="cpu" if is_on_cpu else parameter.device)
         found[name] = (optimizer, parameter, key, tensor)
     return found
@@ -171,8 +199,16 @@ def _check_names(folder: Path, weights: dict[str, torch.Tensor], saved: set[str]
         )
 
 
-def _run_together(folder: Path, is_alone: bool, work: Callable[[], object]) -> None:
-    """Run a collective of torch.distributed.checkpoint, whose failures come from any process."""
+class _TogetherError(Exception):
+    """What some process could not do, on every process."""
+
+
+def _run_together(is_alone: bool, work: Callable[[], object]) -> None:
+    """Run a collective of torch.distributed.checkpoint, whose failures come from any process.
+
+    Raises:
+        _TogetherError: the same on every process.
+    """
     try:
         with warnings.catch_warnings():
             if is_alone:
@@ -182,4 +218,4 @@ def _run_together(folder: Path, is_alone: bool, work: Callable[[], object]) -> N
         failure = next(iter(error.failures.values()))[0]
         if not isinstance(failure, Exception):
             raise failure from error  # Ctrl-C
-        raise TrainingError(f"{folder}: {type(failure).__name__}: {failure}") from error
+        raise _TogetherError(f"{type(failure).__name__}: {failure}") from error

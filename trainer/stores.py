@@ -74,12 +74,14 @@ def open_at_one_manifest(
     cache: RowGroupCache | None = None,
 ) -> LogitStore:
     """Open a store on every rank at the manifest that rank 0 finds; every rank has to come here."""
-    store = LogitStore.open(url, manifest, storage_options, cache=cache)
+    with processes.fail_together(url):
+        store = LogitStore.open(url, manifest, storage_options, cache=cache)
     assert store.manifest_number is not None  # only a live snapshot has none
     shared_number = processes.take_from_first(store.manifest_number)
-    if shared_number == store.manifest_number:
-        return store
-    return LogitStore.open(url, shared_number, storage_options, cache=cache)
+    with processes.fail_together(url):
+        if shared_number != store.manifest_number:
+            store = LogitStore.open(url, shared_number, storage_options, cache=cache)
+    return store
 
 
 def list_manifests(stores: Sequence[LogitStore]) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from logitstore.errors import TrainingError
+from logitstore.errors import OutsideError, TrainingError
 from trainer.checkpoint import (
     CheckpointHeader,
     check_same_run,
@@ -75,7 +76,7 @@ def test_checkpoint_of_several_optimizers_and_of_weights_without_state_is_what_w
     module[2](module[1](module[0](torch.tensor([1]))).bfloat16()).sum().backward()
     for optimizer in optimizers:
         optimizer.step()
-    optimizers[1].state[module[2].bias]["count"] = 3
+    optimizers[1].state[module[2].bias].update(count=2**40 + 1, rate=0.1)
     path = save_checkpoint(tmp_path, build_header(1), module, optimizers, ALONE, keep=1)
     other, others = build(1)
     others[0].state[other.unused.weight]["exp_avg"] = torch.ones(2, 2)
@@ -86,7 +87,8 @@ def test_checkpoint_of_several_optimizers_and_of_weights_without_state_is_what_w
     for mine, theirs in zip(optimizers, others, strict=True):
         assert len(mine.state) == len(theirs.state) > 0
         assert str(mine.state_dict()["state"]) == str(theirs.state_dict()["state"])
-    assert others[1].state[other[2].bias]["count"] == 3
+    assert others[1].state[other[2].bias]["count"] == 2**40 + 1
+    assert others[1].state[other[2].bias]["rate"] == 0.1  # as exact as it was
     assert others[1].state[other[2].bias]["momentum_buffer"].dtype == torch.bfloat16
 
 
@@ -118,6 +120,28 @@ def test_checkpoint_killed_while_writing_leaves_the_earlier_one(
     assert list(tmp_path.iterdir()) == [latest]
 
 
+@pytest.mark.parametrize("in_the_way", ["a file", "the limit of the disk"])
+def test_checkpoint_that_cannot_be_written_says_what_to_do(tmp_path: Path, in_the_way: str) -> None:
+    """As trouble from outside: the run goes on from the newest checkpoint when there is room again."""
+    trained = build_trained(seed=0)
+    folder, limits = tmp_path / "checkpoints", resource.getrlimit(resource.RLIMIT_FSIZE)
+    if in_the_way == "a file":
+        folder.touch()
+    else:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(
+            OutsideError, match=r"(?s)checkpoints.*: expected .* found .*; look to room and permissions"
+        ):
+            save_checkpoint(folder, build_header(5), *trained, ALONE, keep=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert find_latest_checkpoint(folder) is None
+    if in_the_way == "a file":
+        folder.unlink()
+    assert save_checkpoint(folder, build_header(5), *trained, ALONE, keep=1).name == "step-000005"
+
+
 def test_checkpoint_whose_deletion_is_killed_is_gone_as_a_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,8 +162,8 @@ def test_checkpoint_whose_deletion_is_killed_is_gone_as_a_whole(
 
 
 def test_checkpoint_of_which_a_file_is_not_to_be_seen_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def lose(folder: Path, *state: Any, is_alone: bool) -> None:
-        write_state(folder, *state, is_alone=is_alone)
+    def lose(folder: Path, *state: Any) -> None:
+        write_state(folder, *state)
         (folder / "__0_0.distcp").unlink()
 
     monkeypatch.setattr("trainer.checkpoint.write_state", lose)

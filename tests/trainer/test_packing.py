@@ -18,7 +18,8 @@ from trainer.distributed import Processes
 from trainer.loop import train
 from trainer.loss.settings import LossSettings
 from trainer.packing import check_packing
-from trainer.run import collect_student, prepare_run
+from trainer.run import prepare_run
+from trainer.run_results import collect_student
 from trainer.taught_student import TaughtStudent
 
 MakeSettings = Callable[..., TrainSettings]
@@ -118,8 +119,8 @@ def test_student_of_several_processes_is_put_together_without_being_tried_out_ag
     def refuse(*_: object, **__: object) -> None:
         raise ConfigError("pack_sequences: no such kernel")
 
-    monkeypatch.setattr("trainer.run.is_sharded", lambda model: True)
-    monkeypatch.setattr("trainer.run.gather_state", lambda student, processes: student.state_dict())
+    monkeypatch.setattr("trainer.run_results.is_sharded", lambda model: True)
+    monkeypatch.setattr("trainer.run_results.gather_state", lambda student, processes: student.state_dict())
     monkeypatch.setattr("trainer.run.check_packing", refuse)
     expected = {name: value.add_(1.0) for name, value in run.student.state_dict().items()}
     student = collect_student(run)

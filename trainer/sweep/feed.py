@@ -87,8 +87,8 @@ class SharedFeed:
             runs: at least one; their streams have the same fingerprint.
         """
         assert len({run.stream.fingerprint for run in runs}) == 1
-        # The records of one that needs document ids do for all; one that stays to the end holds its student no longer
-        # in memory than it has to be there.
+        # The records of one that needs document ids do for all; what is laid out for one that stays to the end has a
+        # reader until then.
         leader = max(runs, key=lambda run: (_needs_documents(run), run.settings.steps - run.step))
         first = min(runs, key=lambda run: run.stream.step)
         self._source, self._collation = leader.feed, describe_collation(leader.settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import time
@@ -14,10 +15,11 @@ import torch
 from logitstore.errors import CorruptShardError, LogitStoreError, OutsideError, TrainingError
 from trainer.distributed import Processes
 from trainer.interrupt import StopRequest
-from trainer.loop import finish_run, take_step
+from trainer.loop import finish_run, is_checkpoint_due, is_due, take_step
 from trainer.progress import StepResult
-from trainer.run import Run, evaluate_run, prepare_run, save_run
+from trainer.run import Run, prepare_run
 from trainer.run_logs import RunLogs
+from trainer.run_results import evaluate_run, save_run
 from trainer.sweep.feed import RunFeed, SharedFeed
 from trainer.sweep.record import SweepRecord
 from trainer.sweep.settings import SweepRun
@@ -42,10 +44,6 @@ class _Member:
     def is_done(self) -> bool:
         return self.run.step >= self.run.settings.steps
 
-    def is_due(self, every: int | None) -> bool:
-        """Whether something that happens every so many steps, and after the last one, happens now."""
-        return every is not None and (self.run.step % every == 0 or self.is_done)
-
     @contextmanager
     def turn(self) -> Iterator[None]:
         self.logs.restart_clock()
@@ -63,7 +61,7 @@ class _Member:
 
     def close(self) -> None:
         self.is_over = True
-        self.run.close()
+        self.run.let_go()
         self.logs.close()
 
 
@@ -108,18 +106,29 @@ class GroupTraining:
 
     def _prepare(self, planned: SweepRun, members: list[_Member]) -> None:
         """Add a run where its newest checkpoint left it; one whose settings cannot be used has failed."""
-        try:
-            run = prepare_run(self.record.find_settings(planned), self.processes)
-        except (CorruptShardError, OutsideError):
-            raise
-        except LogitStoreError as error:
-            self._note_failure(planned.name, error)
+        run = self._prepare_or_note(planned)
+        if run is None:
+            gc.collect()  # what came of it before it failed
             return
-        seconds = self.record.results[planned.name].seconds if run.step else 0.0
-        member = _Member(name=planned.name, run=run, logs=RunLogs(run), first_step=run.step, seconds=seconds)
+        try:
+            seconds = self.record.results[planned.name].seconds if run.step else 0.0
+            member = _Member(name=planned.name, run=run, logs=RunLogs(run), first_step=run.step, seconds=seconds)
+        except BaseException:
+            run.let_go()
+            raise
         members.append(member)
         parameters = sum(parameter.numel() for parameter in run.student.parameters())
         self._note(member, status="running", parameters=parameters, error=None)
+
+    def _prepare_or_note(self, planned: SweepRun) -> Run | None:
+        try:
+            return prepare_run(self.record.find_settings(planned), self.processes)
+        except (CorruptShardError, OutsideError):
+            raise
+        except (LogitStoreError, torch.OutOfMemoryError) as error:
+            self._check_is_of_all(error, LogitStoreError)
+            self._note_failure(planned.name, str(error))
+            return None
 
     def _train_together(self, members: list[_Member]) -> None:
         shared = SharedFeed([member.run for member in members])
@@ -131,9 +140,10 @@ class GroupTraining:
                         self._attempt(member, self._finish)
             while (active := [member for member in members if not member.is_over]) and not self.should_stop():
                 self._make_step(shared, active)
+            self._save_all(active)
             for member in active:
-                self._save(member)
-                self._note(member, status="interrupted")
+                if not member.is_over:
+                    self._note(member, status="interrupted")
         finally:
             shared.close()
 
@@ -143,39 +153,60 @@ class GroupTraining:
         turns = [member for member in active if member.feed in due]
         if not turns:  # those that were behind have failed, and nobody else has come as far
             shared.advance([])
+        should_stop = False
         for number, member in enumerate(turns):
+            if should_stop:
+                return
             with member.turn():
                 if number == 0:
                     shared.advance(due)
-                self._attempt(member, self._take_turn)
+                self._attempt(member, self._take_step)
+                should_stop = self.should_stop()
+                if should_stop:  # at once: whoever asked may not wait for an evaluation, nor for other runs' steps
+                    self._save_all(active)
+                if not member.is_over:
+                    self._attempt(member, self._follow_step)
 
     def _attempt(self, member: _Member, act: Callable[[_Member], None]) -> None:
         """Do something for a run, which leaves if it cannot go on."""
         try:
             act(member)
+            return
         except (CorruptShardError, OutsideError):
             raise
         except (LogitStoreError, torch.OutOfMemoryError) as error:
-            if self.processes.world_size > 1 and not isinstance(error, TrainingError):
-                raise  # it may have happened on this rank alone, and the others would wait for it
-            member.close()
-            self._note(member)
-            self._note_failure(member.name, error)
+            self._check_is_of_all(error, TrainingError)
+            failure = str(error)
+        member.close()  # not before the error has let go of what it was at work on
+        self._note(member)
+        self._note_failure(member.name, failure)
 
-    def _take_turn(self, member: _Member) -> None:
-        """What the loop of `trainer.loop.train` does with a step."""
-        run, settings = member.run, member.run.settings
-        prepared = next(run.feed)
-        result = take_step(run, prepared)
+    def _check_is_of_all(self, error: Exception, kind: type[LogitStoreError]) -> None:
+        """Raise an error that may have happened on this rank alone, for which others would wait, if not of a kind."""
+        if self.processes.world_size > 1 and not isinstance(error, kind):
+            raise error
+
+    def _take_step(self, member: _Member) -> None:
+        prepared = next(member.run.feed)
+        result = take_step(member.run, prepared)
         member.logs.write_step(result, prepared.records)
         if self.on_step is not None:
             self.on_step(member.name, result)
-        if member.is_due(settings.evaluate_every) and not member.is_done:
+
+    def _follow_step(self, member: _Member) -> None:
+        """What the loop of `trainer.loop.train` does after a step."""
+        run = member.run
+        if is_due(run, run.settings.evaluate_every) and not member.is_done:
             member.logs.write_evaluation(evaluate_run(run))
-        if member.is_due(settings.checkpoint_every):
+        if is_checkpoint_due(run):
             self._save(member)
         if member.is_done:
             self._finish(member)
+
+    def _save_all(self, members: Sequence[_Member]) -> None:
+        for member in members:
+            if not member.is_over:
+                self._attempt(member, self._save)
 
     def _save(self, member: _Member) -> None:
         save_run(member.run)
@@ -201,9 +232,9 @@ class GroupTraining:
         figures = {"steps": run.step, "skipped_steps": run.skipped.total, "positions": run.positions}
         self.record.update(member.name, seconds=member.seconds, **figures, **changes)
 
-    def _note_failure(self, name: str, error: Exception) -> None:
+    def _note_failure(self, name: str, error: str) -> None:
         _LOGGER.error("run %s: %s", name, error)
-        self.record.update(name, status="failed", error=str(error))
+        self.record.update(name, status="failed", error=error)
 
 
 def _split_by_stream(members: Sequence[_Member]) -> list[list[_Member]]:

@@ -16,7 +16,7 @@ from logitstore.store.logit_store import LogitStore
 from trainer.checkpoint import check_same_run
 from trainer.config import TrainSettings
 from trainer.distributed import Processes
-from trainer.run import describe_settings
+from trainer.run_identity import describe_settings
 from trainer.stream_config import FurtherCorpusSettings, FurtherTeacherSettings
 from trainer.sweep.settings import Sweep, SweepRun
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from trainer.config import TrainSettings
-from trainer.run import describe_settings
+from trainer.run_identity import describe_settings
 from trainer.sweep.record import RunResult
 
 # Figures of an evaluation that runs are compared by.
