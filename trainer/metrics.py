@@ -22,7 +22,7 @@ class JsonLines:
     def __init__(self, path: Path, *, first_step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            _drop_later_lines(path, first_step)
+            drop_later_lines(path, first_step)
         self._file: IO[str] = path.open("a", encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, object]) -> None:
@@ -62,7 +62,8 @@ class MetricsWriter:
         self.close()
 
 
-def _drop_later_lines(path: Path, first_step: int) -> None:
+def drop_later_lines(path: Path, first_step: int) -> None:
+    """Drop what a run that was killed wrote after a step to a file of `JsonLines`."""
     kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _read_step(line) <= first_step]
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

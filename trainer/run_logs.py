@@ -9,7 +9,7 @@ import yaml
 
 from logitstore.records import RecordBatch
 from trainer.evaluate import Evaluation
-from trainer.metrics import JsonLines, MetricsWriter
+from trainer.metrics import JsonLines, MetricsWriter, drop_later_lines
 from trainer.progress import StepResult, StepWindow
 from trainer.run import Run
 
@@ -30,9 +30,18 @@ class RunLogs:
             self._metrics = MetricsWriter(run.output, first_step=run.step)
             if len(run.held_out):
                 self._evaluations = JsonLines(run.output / "evaluations.jsonl", first_step=run.step)
+            self._drop_of_earlier_ranks()
         if run.settings.log_records:
             path = run.output / f"records-rank{run.processes.rank}.jsonl"
             self._records = JsonLines(path, first_step=run.step)
+
+    def _drop_of_earlier_ranks(self) -> None:
+        """Drop what ranks wrote of steps that are made again without them: the run went on with fewer, or logs none."""
+        writing = self._run.processes.world_size if self._run.settings.log_records else 0
+        now = {f"records-rank{rank}.jsonl" for rank in range(writing)}
+        for path in self._run.output.glob("records-rank*.jsonl"):
+            if path.name not in now:
+                drop_later_lines(path, self._run.step)
 
     def write_step(self, result: StepResult, batch: RecordBatch) -> None:
         """Take note of a step; a line of metrics is written every `log_every` steps and after the last one."""
