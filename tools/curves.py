@@ -18,13 +18,16 @@ class Curve:
 
 
 def read_curves(path: Path) -> tuple[Curve, ...]:
-    """Every figure of a metrics file as a curve over steps; none where there is no file."""
-    points: dict[str, list[tuple[int, float]]] = {}
+    """Every figure of a metrics file as a curve over steps; none where there is no file.
+
+    A run that goes on from a checkpoint writes some steps again: the last line of a step counts.
+    """
+    points: dict[str, dict[int, float]] = {}
     for values in read_metrics(path):
         step = int(values.pop("step"))
         for name, value in values.items():
-            points.setdefault(name, []).append((step, float(value)))
-    return tuple(Curve(name=name, points=tuple(pairs)) for name, pairs in points.items())
+            points.setdefault(name, {})[step] = float(value)
+    return tuple(Curve(name=name, points=tuple(sorted(values.items()))) for name, values in points.items())
 
 
 def read_metrics(path: Path) -> Sequence[dict[str, Any]]:

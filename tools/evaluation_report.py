@@ -21,6 +21,7 @@ from trainer.evaluation import EntropyFigures, Evaluation, GroupFigures
 _CHART_ROWS = 16
 # Points of a line by entropy stand at the middle of their bin; the last bin has none, and stands this far in.
 _OPEN_BIN_NATS = 0.25
+_KL_LABELS = {"bucket_kl": "bucket KL", "kl_estimate": "KL estimated from draws"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +97,9 @@ def _build_entropy_charts(students: Sequence[StudentResult]) -> list[str]:
     label = "entropy of the teacher, nats"
     return [
         _build_entropy_chart("Agreement by entropy", label, "same likeliest token", "top1_agreement", students),
-        _build_entropy_chart("Distance to the teacher by entropy", label, "bucket KL, nats", "bucket_kl", students),
-        _build_entropy_chart(
-            "Distance to the teacher by entropy", label, "KL estimated from draws, nats", "kl_estimate", students
+        *(
+            _build_entropy_chart("Distance to the teacher by entropy", label, f"{kl}, nats", name, students)
+            for name, kl in _KL_LABELS.items()
         ),
     ]
 
@@ -128,24 +129,24 @@ def _build_entropy_table(students: Sequence[StudentResult]) -> str:
     if not students:
         return ""
     first = students[0].evaluation
-    name, form, more_is_better = _choose_figure(first)
+    what, name, form, more_is_better = _choose_figure(first)
     rows = []
     for i, part in enumerate(first.by_entropy):
         stop = "and more" if part.stop is None else f"to {part.stop:g}"
         values = [getattr(student.evaluation.by_entropy[i], name) for student in students]
         cells = build_cells(values, form, more_is_better=more_is_better)
         rows.append([f"{part.start:g} {stop}", f"<td>{part.positions:,}</td>", *cells])
-    what = "Agreement on the likeliest token" if more_is_better else "Estimated KL to the teacher, nats,"
     columns = ["entropy, nats", "positions", *(student.name for student in students)]
-    table = build_table(f"{what} by the teacher's entropy.", columns, rows)
+    table = build_table(f"{what}, by the teacher's entropy.", columns, rows)
     return f"<details><summary>By entropy, in numbers</summary>{table}</details>"
 
 
-def _choose_figure(evaluation: Evaluation) -> tuple[str, str, bool]:
-    """Field, format and whether more is better, of what there is to say about every bin."""
+def _choose_figure(evaluation: Evaluation) -> tuple[str, str, str, bool]:
+    """Label, field, format and whether more is better, of what there is to say about every bin."""
     if evaluation.top1_agreement is not None:
-        return "top1_agreement", ".1%", True
-    return ("kl_estimate" if evaluation.bucket_kl is None else "bucket_kl"), ".4f", False
+        return "Agreement on the likeliest token", "top1_agreement", ".1%", True
+    name = "kl_estimate" if evaluation.bucket_kl is None else "bucket_kl"
+    return f"{_KL_LABELS[name][:1].upper()}{_KL_LABELS[name][1:]} to the teacher, nats", name, ".4f", False
 
 
 def _build_groups(
@@ -158,6 +159,7 @@ def _build_groups(
     if not chosen:
         return ""
     groups = [select(student.evaluation) for _, student in chosen]
+    kl = _KL_LABELS["kl_estimate" if chosen[0][1].evaluation.bucket_kl is None else "bucket_kl"]
     perplexity_dots, kl_dots, rows = [], [], []
     for of_students in zip(*groups, strict=True):
         first = of_students[0]
@@ -176,9 +178,9 @@ def _build_groups(
         build_dot_chart(
             f"Perplexity {of}", "perplexity", [("teacher", "teacher"), *series], perplexity_dots[:_CHART_ROWS]
         ),
-        build_dot_chart(f"Distance to the teacher {of}", "KL, nats", series, kl_dots[:_CHART_ROWS]),
+        build_dot_chart(f"Distance to the teacher {of}", f"{kl}, nats", series, kl_dots[:_CHART_ROWS]),
     ]
     names = [student.name for _, student in chosen]
     columns = ["", "positions", "teacher", *names, *(f"KL, {name}" for name in names)]
-    caption = "Perplexity of the teacher and the students, and the students' KL to the teacher in nats."
+    caption = f"Perplexity of the teacher and the students, and each student's {kl} to the teacher in nats."
     return f"<h2>{name}</h2>{build_charts(charts)}{build_table(caption, columns, rows)}"

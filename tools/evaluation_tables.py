@@ -66,14 +66,16 @@ def render_comparison(evaluations: Mapping[str, Evaluation], title: str) -> Tabl
     """Students by name, side by side; the best figure of a row in bold."""
     from rich.text import Text
 
-    from tools.report import list_compared
+    from tools.report import find_best, list_compared
 
     rows = []
     for label, values, form, more_is_better, do_compare in list_compared(list(evaluations.values())):
-        known = [value for value in values if value is not None]
-        best = (max(known) if more_is_better else min(known)) if do_compare else None
+        best = find_best(values, more_is_better=more_is_better) if do_compare else None
         cells = [
-            Text("–" if value is None else format(value, form), style="bold" if value == best else "")
+            Text(
+                "–" if value is None else format(value, form),
+                style="bold" if value is not None and value == best else "",
+            )
             for value in values
         ]
         remark = "more is better" if more_is_better else "less is better"

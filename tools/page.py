@@ -62,6 +62,12 @@ def build_table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[st
     return f'<div class="wide"><table>{table}</table></div>'
 
 
+def build_notes(summary: str, notes: Sequence[str]) -> str:
+    """Sentences, folded away below a summary; nothing of none."""
+    items = "".join(f"<li>{write_text(note)}</li>" for note in notes)
+    return f"<details><summary>{write_text(summary)}</summary><ul>{items}</ul></details>" if notes else ""
+
+
 def build_charts(charts: Sequence[str]) -> str:
     """Charts side by side where there is room; empty ones are left out."""
     return f'<div class="charts">{"".join(charts)}</div>' if any(charts) else ""

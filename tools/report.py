@@ -9,7 +9,7 @@ from logitstore import __version__
 from logitstore.shard.summary import ENTROPY_BIN_NATS
 from tools.charts import Line, build_bar_chart, build_line_chart
 from tools.curves import Curve
-from tools.page import build_charts, build_facts, build_page, build_table, choose_style
+from tools.page import build_charts, build_facts, build_notes, build_page, build_table, choose_style
 from trainer.evaluation import Evaluation
 
 # Label, field of `Evaluation`, format, and whether more is better: the comparison of students, here and in a terminal.
@@ -25,6 +25,18 @@ COMPARED_FIGURES = (
     ("top-1 agreement with the teacher", "top1_agreement", ".4f", True),
     ("overlap, sum of min(p, q)", "overlap", ".4f", True),
 )
+# What a page says of the figures that have no name of their own elsewhere, by field.
+_EXPLANATIONS = {
+    "bucket_kl": "KL to the teacher: bucket KL, the KL(teacher ‖ student) over the ids that the store keeps of a "
+    "position and one bucket for all others; a lower bound of the KL over the whole vocabulary.",
+    "kl_estimate": "KL to the teacher, estimated from draws: the student's cross-entropy to the drawn weights less the "
+    "teacher's entropy; an unbiased estimate of the KL(teacher ‖ student) over the whole vocabulary.",
+    "span_kl": "KL by spans of text: the KL(teacher ‖ student) about “the text goes on with exactly this span, or it "
+    "does not”, mean over spans.",
+    "calibration_error": "Calibration error: expected calibration error, how far the probability of the student's "
+    "likeliest token is from how often it is right.",
+    "overlap": "Overlap: one less the total variation distance, over the same ids and bucket.",
+}
 # What compares students that read the text as other tokens.
 _PER_TEXT = ("bits_per_byte", "span_kl")
 _CURVES = (
@@ -76,8 +88,16 @@ def build_comparison(students: Sequence[StudentResult], where: str) -> str:
     for label, values, form, more_is_better, do_compare in list_compared([student.evaluation for student in students]):
         cells = build_cells(values, form, more_is_better=more_is_better if do_compare else None)
         rows.append([label, *cells])
-    better = "; the better figure of each row is bold" if len(students) > 1 else ""
-    return build_table(f"{where}{better}.", ["", *(student.name for student in students)], rows)
+    notes = [
+        text
+        for name, text in _EXPLANATIONS.items()
+        if any(getattr(student.evaluation, name) is not None for student in students)
+    ]
+    better = (
+        f"; the {'better' if len(students) == 2 else 'best'} figure of each row is bold" if len(students) > 1 else ""
+    )
+    table = build_table(f"{where}{better}.", ["", *(student.name for student in students)], rows)
+    return table + build_notes("What the figures are", notes)
 
 
 def list_compared(
@@ -98,14 +118,19 @@ def list_compared(
 
 def build_cells(values: Sequence[float | None], form: str, *, more_is_better: bool | None) -> list[str]:
     """The cells of a row, the best of several in bold unless they do not compare."""
-    known = [value for value in values if value is not None]
-    best = None
-    if len(values) > 1 and known and more_is_better is not None:
-        best = max(known) if more_is_better else min(known)
+    best = None if more_is_better is None else find_best(values, more_is_better=more_is_better)
     return [
         "<td>–</td>" if value is None else f"<td{' class=best' if value == best else ''}>{value:{form}}</td>"
         for value in values
     ]
+
+
+def find_best(values: Sequence[float | None], *, more_is_better: bool) -> float | None:
+    """The best of a row's values; None where there is nothing that it is better than."""
+    known = {value for value in values if value is not None}
+    if len(known) < 2:
+        return None
+    return max(known) if more_is_better else min(known)
 
 
 def build_curves(students: Sequence[StudentResult]) -> list[str]:
@@ -157,5 +182,6 @@ __all__ = [
     "build_curves",
     "build_reliability",
     "build_report",
+    "find_best",
     "list_compared",
 ]

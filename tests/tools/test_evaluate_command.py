@@ -23,10 +23,22 @@ from logitstore.store.files import StoreFiles
 from logitstore.store.logit_store import LogitStore
 from logitstore.store.manifest import write_manifest
 from tools.evaluate import name_students
+from tools.evaluation_report import EvaluationReport, build_evaluation_report
 from tools.report import StudentResult, build_comparison, list_compared
 from trainer.evaluate import evaluate_records
-from trainer.evaluation import Evaluation
+from trainer.evaluation import EntropyFigures, Evaluation, GroupFigures
 from trainer.harness import TaskFigure, list_figures, run_harness
+
+FIGURES: dict[str, Any] = {
+    "positions": 10,
+    "lm_loss": 0.7,
+    "perplexity": 2.0,
+    "teacher_lm_loss": 0.6,
+    "bucket_kl": 0.4,
+    "overlap": 0.8,
+    "top1_agreement": 0.9,
+}
+BINS: dict[str, Any] = {"bin_positions": (1,), "bin_confidence": (0.5,), "bin_accuracy": (0.5,)}
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +164,31 @@ def test_report_of_two_students_has_every_chart_and_needs_nothing_from_anywhere(
     assert "nan" not in text.replace("nano", "")
 
 
+def test_report_calls_a_distance_what_it_is() -> None:
+    drawn = {"bucket_kl": None, "overlap": None, "top1_agreement": None, "kl_estimate": 0.5}
+    pages = {}
+    for kind, known in {"kept": {}, "given": {"top1_agreement": None}, "drawn": drawn}.items():
+        group = {**FIGURES, **known}
+        evaluation = Evaluation(
+            **group,
+            **BINS,
+            calibration_error=1.0,
+            by_source=tuple(GroupFigures(name=name, **group) for name in "ab"),
+            by_entropy=(EntropyFigures(start=0.0, stop=0.5, **group),),
+        )
+        students = (StudentResult(name="s", evaluation=evaluation, curves=()),)
+        data = EvaluationReport(title="t", store="s", teacher="m", facts={}, students=students)
+        pages[kind] = build_evaluation_report(data)
+    for kind in ("kept", "given"):
+        assert "estimate" not in pages[kind]
+        assert "bucket KL to the teacher in nats" in pages[kind]
+        assert "a lower bound of the KL over the whole vocabulary" in pages[kind]
+    assert "Bucket KL to the teacher, nats, by the teacher&#x27;s entropy." in pages["given"]
+    assert "KL estimated from draws to the teacher, nats, by the teacher&#x27;s entropy." in pages["drawn"]
+    assert "an unbiased estimate of the KL(teacher ‖ student) over the whole vocabulary" in pages["drawn"]
+    assert "ucket KL" not in pages["drawn"]
+
+
 @pytest.mark.parametrize(
     ("paths", "names"),
     [
@@ -247,9 +284,8 @@ def test_harness_runs_a_task_of_a_local_file(tmp_path: Path) -> None:
 
 def test_students_of_different_tokens_are_compared_by_the_text_alone() -> None:
     same = {"overlap": None, "top1_agreement": None, "bucket_kl": None, "calibration_error": 1.0}
-    bins: dict[str, Any] = {"bin_positions": (1,), "bin_confidence": (0.5,), "bin_accuracy": (0.5,)}
     evaluations = [
-        Evaluation(positions=n, lm_loss=n / 10, perplexity=2.0, teacher_lm_loss=None, bits_per_byte=b, **same, **bins)
+        Evaluation(positions=n, lm_loss=n / 10, perplexity=2.0, teacher_lm_loss=None, bits_per_byte=b, **same, **BINS)
         for n, b in ((10, 1.25), (20, 1.5))
     ]
     compared = {label: do_compare for label, _, _, _, do_compare in list_compared(evaluations)}

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
 from tools.charts import Line, build_bar_chart, build_line_chart, compute_ticks
-from tools.report import Curve, ReportData, StudentResult, build_report
+from tools.curves import read_curves
+from tools.report import Curve, ReportData, StudentResult, build_cells, build_report, find_best
 from trainer.evaluate import Evaluation
 
 
@@ -109,6 +112,23 @@ def test_line_chart_leaves_out_values_that_are_not_finite() -> None:
     chart = build_line_chart("t", "x", "y", [Line(name="a", points=((0, 1.0), (1, math.nan), (2, 3.0)), style="s0")])
     assert "nan" not in chart
     assert chart.count("<circle") == 2
+
+
+def test_curves_of_a_run_that_was_made_again_have_every_step_once(tmp_path: Path) -> None:
+    steps = [(10, 3.0), (20, 2.0), (30, 1.5), (20, 2.5), (30, 1.0)]
+    lines = [json.dumps({"step": step, "held_out/lm_loss": loss}) + "\n" for step, loss in steps]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    [curve] = read_curves(tmp_path / "metrics.jsonl")
+    assert curve.points == ((10, 3.0), (20, 2.5), (30, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("values", "best"), [([1.0, 2.0, None], 1.0), ([0.0, 0.0], None), ([0.5, None], None), ([None, None], None)]
+)
+def test_best_of_a_row_is_better_than_another(values: list[float | None], best: float | None) -> None:
+    assert find_best(values, more_is_better=False) == best
+    cells = build_cells(values, ".1f", more_is_better=False)
+    assert [cell for cell in cells if "best" in cell] == ([] if best is None else [f"<td class=best>{best:.1f}</td>"])
 
 
 def test_charts_without_values_are_empty() -> None:
