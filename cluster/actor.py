@@ -8,8 +8,8 @@ import socket
 from dataclasses import dataclass
 
 import ray
-from ray.util.metrics import Counter
 
+from cluster.metrics import ActorMetrics
 from cluster.settings import ClusterCaptureSettings
 from logitstore.capture import Receipt, UnitCapture
 from logitstore.errors import TeacherLostError
@@ -39,10 +39,7 @@ class CaptureActor:
         self._settings = settings
         self._teacher: Teacher | None = None
         self._capture: UnitCapture | None = None
-        labels = ("store",)
-        self._positions = Counter("logitstore_positions", "Positions committed", tag_keys=labels)
-        self._units = Counter("logitstore_units", "Units committed", tag_keys=labels)
-        self._dead_letters = Counter("logitstore_dead_letters", "Documents that could not be used", tag_keys=labels)
+        self._metrics = ActorMetrics(settings.store)
 
     def load(self) -> LoadedTeacher:
         """Load the teacher, or say again that it is loaded."""
@@ -66,13 +63,7 @@ class CaptureActor:
             # Ray restarts a process that has ended; one that raises would be asked again, with its engine dead.
             _LOG.error("%s", error)
             os._exit(1)
-        if receipt.outcome == "won":
-            tags = {"store": self._settings.store}
-            self._units.inc(1, tags)
-            if receipt.positions:
-                self._positions.inc(receipt.positions, tags)
-            if receipt.dead_letters:
-                self._dead_letters.inc(receipt.dead_letters, tags)
+        self._metrics.count(receipt)
         return receipt
 
     def _load_teacher(self) -> Teacher:

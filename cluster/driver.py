@@ -20,11 +20,12 @@ import ray
 from ray.exceptions import RayError
 
 from cluster.actor import LoadedTeacher
+from cluster.capture_watch import CaptureWatch
 from cluster.failures import RAISED, ActorFailure, read_failure
+from cluster.figures import CaptureFigures
 from cluster.manifests import RunningManifests
 from cluster.placement import build_demand, check_placeable, count_actors, describe_nodes, read_nodes
 from cluster.pool import ActorPool, EndedCall, Slot
-from cluster.progress import CaptureFigures, CaptureProgress
 from cluster.report import CaptureReport, build_report, read_standing, report_finished_capture
 from cluster.settings import ClusterCaptureSettings, make_paths_absolute
 from cluster.unit_queue import QueueLimits, UnitQueue, Verdict
@@ -83,7 +84,7 @@ class _Driver:
         self._settings = settings
         self._files = StoreFiles(settings.store, settings.storage_options)
         self._figures = CaptureFigures()
-        self._progress = CaptureProgress(self._figures, quiet=quiet)
+        self._watch = CaptureWatch(self._files, settings, self._figures, quiet=quiet)
         self._identity_of: LoadedTeacher | None = None
         self._queue = UnitQueue([], QueueLimits())
         self._first_failure: ActorFailure | None = None
@@ -91,21 +92,26 @@ class _Driver:
         self._next_warning = time.monotonic() + _SECONDS_BETWEEN_WARNINGS
 
     def run(self, *, retry_quarantined: bool, extend: bool) -> CaptureReport:
+        with self._watch:
+            return self._run(retry_quarantined=retry_quarantined, extend=extend)
+
+    def _run(self, *, retry_quarantined: bool, extend: bool) -> CaptureReport:
         nodes = read_nodes()
         self._demand = build_demand(self._settings.actors, nodes, self._settings.teacher.num_gpus)
         check_placeable(self._demand, nodes)
         self._pool = ActorPool(self._settings, self._demand, count_actors(self._settings.actors, self._demand, nodes))
         try:
-            with self._progress:
-                first = self._load_first()
-                self._plan = open_plan(self._files, self._settings, first.identity, extend=extend)
-                self._fill_queue(retry_quarantined=retry_quarantined)
-                self._capture_units()
+            first = self._load_first()
+            self._plan = open_plan(self._files, self._settings, first.identity, extend=extend)
+            self._fill_queue(retry_quarantined=retry_quarantined)
+            self._capture_units()
         except (LogitStoreError, RayError):
             self._save_manifest()
             raise
         finally:
+            self._figures.phase = "finishing"
             self._pool.close()
+            self._show_figures()
         return build_report(self._files, self._plan, self._figures)
 
     def _load_first(self) -> LoadedTeacher:
@@ -124,6 +130,7 @@ class _Driver:
                 self._queue.admit(slot.number)
         standing.fill_figures(self._figures, retry_quarantined=retry_quarantined)
         figures = self._figures
+        figures.phase = "capturing"
         _LOG.info("%d units planned, %d committed, %d to do", figures.units_planned, figures.units_before, len(to_do))
 
     def _capture_units(self) -> None:
@@ -132,8 +139,6 @@ class _Driver:
         with contextlib.closing(manifests):
             while self._queue.has_units:
                 self._step()
-                figures.actors_ready = self._pool.num_ready
-                self._progress.update()
                 manifests.write_if_due(figures.units_before + figures.units_captured)
 
     def _save_manifest(self) -> None:
@@ -162,6 +167,14 @@ class _Driver:
             else:
                 self._end_unit(call.slot, call.unit, call.task)
         self._warn_if_nobody_is_ready()
+        if self._watch.is_due:
+            self._show_figures()
+
+    def _show_figures(self) -> None:
+        figures = self._figures
+        figures.actors_ready, figures.actors_wanted = self._pool.num_ready, len(self._pool.slots)
+        figures.units_in_flight = len(self._queue.list_in_flight())
+        self._watch.update(self._queue.list_in_flight)
 
     def _release_spare(self) -> None:
         spare = set(self._queue.find_spare(slot.number for slot in self._pool.slots))
@@ -238,7 +251,7 @@ class _Driver:
         else:
             was_captured = receipt.outcome is Outcome.WON
             self._queue.succeed(slot.number, unit, was_captured=was_captured)
-            self._figures.count_receipt(receipt)
+            self._watch.count_receipt(receipt)
             if was_captured:
                 slot.restarts_in_a_row = 0
             if unit in self._retried:

@@ -1,80 +1,61 @@
-"""Progress of a capture: figures, a live bar on a terminal, a line now and then in a log."""
+"""Progress of a capture: a live bar on a terminal, a line now and then in a log."""
 
 from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, field
 from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from logitstore.capture import Receipt
-from logitstore.store.commit import Outcome
+from cluster.figures import CaptureFigures
 
 _LOG = logging.getLogger("logitstore.capture")
-_SECONDS_BETWEEN_LINES = 15.0
+# Often while somebody may be looking whether it works at all, seldom once it has for a while: jobs take days.
+_SECONDS_BETWEEN_FIRST_LINES = 15.0
+_FIRST_LINES_SECONDS = 300.0
+_SECONDS_BETWEEN_LINES = 60.0
 
 
-@dataclass(kw_only=True)
-class CaptureFigures:
-    """Counts of one run of a capture. `units_before` were committed when it started."""
+def describe_figures(figures: CaptureFigures) -> str:
+    """All of it in one line: '12/60 units, 5,120 positions/s, 3 min 10 s left, 2/2 actors, 4 units in flight'."""
+    if figures.phase == "loading":
+        return f"loading the teacher, {figures.actors_ready}/{figures.actors_wanted} actors"
+    return f"{figures.units_done:,}/{figures.units_planned:,} units, {describe_pace(figures)}"
 
-    units_planned: int = 0
-    units_before: int = 0
-    units_captured: int = 0
-    lost_races: int = 0
-    quarantined: int = 0
-    failures: int = 0
-    actor_losses: int = 0
-    actors_ready: int = 0
-    records: int = 0
-    positions: int = 0
-    bytes: int = 0
-    documents: int = 0
-    dead_letters: int = 0
-    started: float = field(default_factory=time.monotonic)
 
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.started
+def describe_pace(figures: CaptureFigures) -> str:
+    """How fast it goes, who is at work, and what has gone wrong, as far as anything has."""
+    rates = figures.rates
+    parts = [] if rates is None else [f"{rates.positions:,.0f} positions/s"]
+    if figures.seconds_left:
+        parts.append(f"{describe_seconds(figures.seconds_left)} left")
+    if figures.phase == "finishing":
+        return ", ".join([*parts, "writing the manifest"])
+    parts.append(f"{figures.actors_ready}/{figures.actors_wanted} actors")
+    parts.append(f"{count_things(figures.units_in_flight, 'unit')} in flight")
+    troubles = {
+        "dead letter": figures.dead_letters,
+        "failure": figures.failures,
+        "lost actor": figures.actor_losses,
+    }
+    parts += [count_things(count, what) for what, count in troubles.items() if count]
+    return ", ".join([*parts, *([f"{figures.quarantined:,} set aside"] if figures.quarantined else [])])
 
-    @property
-    def units_done(self) -> int:
-        return self.units_before + self.units_captured + self.lost_races + self.quarantined
 
-    @property
-    def positions_per_second(self) -> float:
-        return self.positions / max(1e-9, self.seconds)
+def count_things(count: int, thing: str) -> str:
+    """A number of things by their name: 1 unit, 2,000 units."""
+    return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"
 
-    @property
-    def seconds_left(self) -> float | None:
-        """Estimate from the units of this run; None before the first."""
-        done = self.units_captured + self.lost_races
-        if not done:
-            return None
-        return self.seconds / done * (self.units_planned - self.units_done)
 
-    def count_receipt(self, receipt: Receipt) -> None:
-        """Add what a unit brought; one that another capture committed first brings nothing."""
-        if receipt.outcome is Outcome.LOST:
-            self.lost_races += 1
-            return
-        self.units_captured += 1
-        self.records += receipt.records
-        self.positions += receipt.positions
-        self.bytes += receipt.bytes
-        self.documents += receipt.documents
-        self.dead_letters += receipt.dead_letters
-
-    def describe(self) -> str:
-        left = "?" if self.seconds_left is None else f"{self.seconds_left:.0f} s"
-        return (
-            f"{self.units_done}/{self.units_planned} units, {self.positions:,} positions, "
-            f"{self.positions_per_second:,.0f} positions/s, {left} left, {self.actors_ready} actors, "
-            f"{self.failures} failures, {self.dead_letters} dead letters"
-        )
+def describe_seconds(seconds: float) -> str:
+    """A span of time in its two largest units: 8 s, 4 min 10 s, 3 h 5 min, 12 d 6 h."""
+    whole = round(seconds)
+    for size, name, below, part in ((86_400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if whole >= size:
+            return f"{whole // size} {name} {whole % size // below} {part}"
+    return f"{whole} s"
 
 
 class CaptureProgress:
@@ -84,18 +65,18 @@ class CaptureProgress:
         console = console or Console(stderr=True)
         self._figures = figures
         self._bar: Progress | None = None
-        self._next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
+        self._next_line = time.monotonic() + _SECONDS_BETWEEN_FIRST_LINES
         self._quiet = quiet
         if console.is_terminal and not quiet:
             self._bar = Progress(
                 TextColumn("capture"),
-                BarColumn(),
+                BarColumn(bar_width=24),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[figures]}"),
                 TimeElapsedColumn(),
                 console=console,
             )
-            self._task = self._bar.add_task("capture", total=None, figures="starting")
+            self._task = self._bar.add_task("capture", total=None, figures=describe_figures(figures))
 
     def __enter__(self) -> Self:
         if self._bar is not None:
@@ -104,15 +85,26 @@ class CaptureProgress:
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
+            self._show()
             self._bar.stop()
 
     def update(self) -> None:
         """Show the figures as they are now."""
-        figures = self._figures
+        self._figures.observe()
         if self._bar is not None:
-            left = "" if figures.seconds_left is None else f", {figures.seconds_left:.0f} s left"
-            text = f"{figures.positions_per_second:,.0f} positions/s{left}, {figures.failures} failures"
-            self._bar.update(self._task, total=figures.units_planned, completed=figures.units_done, figures=text)
+            self._show()
         elif not self._quiet and time.monotonic() >= self._next_line:
-            self._next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
-            _LOG.info("%s", figures.describe())
+            is_early = self._figures.seconds < _FIRST_LINES_SECONDS
+            pause = _SECONDS_BETWEEN_FIRST_LINES if is_early else _SECONDS_BETWEEN_LINES
+            self._next_line = time.monotonic() + pause
+            _LOG.info("%s", describe_figures(self._figures))
+
+    def _show(self) -> None:
+        figures = self._figures
+        if self._bar is None:
+            return
+        if figures.phase == "loading":
+            self._bar.update(self._task, figures=describe_figures(figures))
+        else:
+            total, completed = figures.units_planned, figures.units_done
+            self._bar.update(self._task, total=total, completed=completed, figures=describe_pace(figures))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cluster.progress import CaptureFigures
+from cluster.figures import CaptureFigures
 from cluster.settings import ClusterCaptureSettings
 from logitstore.errors import StoreNotFoundError
 from logitstore.planning import find_new_files

@@ -30,6 +30,8 @@ class ClusterCaptureSettings(CaptureSettings):
     """`capture.yaml`."""
 
     actors: ActorSettings = ActorSettings()
+    heartbeat_seconds: float | None = Field(default=15.0, ge=1)
+    """How often the driver says in the store what it is at, for `logitstore status`; null: never."""
 
     @model_validator(mode="after")
     def _choose_actors(self) -> ClusterCaptureSettings:

@@ -103,6 +103,10 @@ class UnitQueue:
         """Whether anything is pending or in flight."""
         return bool(self._pending) or any(actor.in_flight for actor in self._actors.values())
 
+    def list_in_flight(self) -> list[int]:
+        """Units that are with an actor, in no order."""
+        return [unit for actor in self._actors.values() for unit in actor.in_flight]
+
     def admit(self, actor: int) -> None:
         """An actor has loaded the teacher and takes units."""
         self._actor(actor).is_ready = True

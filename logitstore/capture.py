@@ -11,6 +11,8 @@ from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from logitstore import __version__
 from logitstore.answers import strip_answer
 from logitstore.corpus.documents import CorpusSettings, DeadLetter, Document, read_documents
@@ -63,6 +65,7 @@ class Receipt(Settings):
     bytes: int
     documents: int
     dead_letters: int
+    dead_letter_counts: dict[str, int] = Field(default_factory=dict)
     seconds: float
 
 
@@ -155,6 +158,7 @@ class UnitCapture:
             bytes=shard.bytes if shard else 0,
             documents=build.num_documents,
             dead_letters=sum(counts.values()),
+            dead_letter_counts=counts,
             seconds=time.monotonic() - started,
         )
 

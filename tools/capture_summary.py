@@ -74,7 +74,6 @@ def run_capture(
 
 def _describe_run(report: CaptureReport) -> CaptureRun:
     figures = report.figures
-    seconds = figures.seconds
     return CaptureRun(
         units_before=figures.units_before,
         units_captured=figures.units_captured,
@@ -85,8 +84,8 @@ def _describe_run(report: CaptureReport) -> CaptureRun:
         dead_letters=figures.dead_letters,
         failures=figures.failures,
         actor_losses=figures.actor_losses,
-        seconds=seconds,
-        positions_per_second=figures.positions / max(1e-9, seconds),
+        seconds=figures.seconds,
+        positions_per_second=figures.mean_positions_per_second,
     )
 
 

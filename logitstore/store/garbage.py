@@ -1,4 +1,4 @@
-"""What a store holds that belongs to nothing: shards of attempts that lost or were killed, and unfinished writes."""
+"""What a store holds that belongs to nothing: shards of lost or killed attempts, unfinished writes, last words."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from logitstore.store.commit import COMMITS, DATA, QUARANTINE, list_unit_files, 
 from logitstore.store.files import StoredFile, StoreFiles
 from logitstore.store.manifest import list_manifests, read_manifest
 from logitstore.store.plan import read_plan
+from logitstore.store.running import RUNNING
 
 DEFAULT_GRACE_SECONDS = 24 * 3600.0
 _PROBES = "probe"
@@ -29,9 +30,9 @@ def find_garbage(
 ) -> list[Garbage]:
     """What is older than the grace period and belongs to nothing, by path.
 
-    That is: data files that no commit and no manifest names, what killed writes left on a local file system, and
-    probes. A running capture uploads a shard before it commits it: the grace period keeps those. An object of unknown
-    age is kept.
+    That is: data files that no commit and no manifest names, what killed writes left on a local file system, probes,
+    and what captures that are long over said of themselves. A running capture uploads a shard before it commits it: the
+    grace period keeps those. An object of unknown age is kept.
 
     Raises:
         StoreNotFoundError: there is no store.
@@ -42,8 +43,8 @@ def find_garbage(
     fingerprint = read_plan(files).compute_fingerprint()
     before = (time.time() if now is None else now) - grace_seconds
     shards = {shard.path: shard for shard in _select_old(DATA, files.list(DATA), before)}
-    garbage = _select_old(_PROBES, files.list(_PROBES), before)
-    for folder in ("", COMMITS, DATA, QUARANTINE, _PROBES):
+    garbage = [found for folder in (_PROBES, RUNNING) for found in _select_old(folder, files.list(folder), before)]
+    for folder in ("", COMMITS, DATA, QUARANTINE, RUNNING, _PROBES):
         garbage += _select_old(folder, files.list_leftovers(folder), before)
     if shards:
         for path in _iterate_referenced(files, fingerprint):

@@ -20,6 +20,7 @@ from logitstore.store.logit_store import LogitStore
 from logitstore.store.manifest import build_manifest_path, read_manifest, take_snapshot, write_manifest
 from logitstore.store.manifest_table import SCHEMA
 from logitstore.store.plan import CorpusPlan, StorePlan, create_plan, read_plan
+from logitstore.store.running import RunningCapture
 
 YEAR_SECONDS = 365 * 24 * 3600.0
 
@@ -185,6 +186,7 @@ def test_format_page_names_every_column_of_a_manifest_and_every_field_of_its_sou
         "manifest-<n>.parquet": SCHEMA.names,
         "commits/<unit>.json": [*Commit.model_fields, *ShardSummary.model_fields, *RowGroup.model_fields],
         "quarantine/<unit>.json": QuarantinedUnit.model_fields,
+        "running/<run>.json": RunningCapture.model_fields,
         "plan.json": [*StorePlan.model_fields, *CorpusPlan.model_fields, *CorpusFile.model_fields],
     }.items():
         assert [name for name in names if f"`{name}`" not in sections[title]] == []

@@ -184,7 +184,7 @@ def _print_store(console: Console, store: LogitStore, capture: CaptureReport) ->
     statistics = store.compute_statistics()
     dense = store.plan.teacher.vocab_size * 2
     figures = capture.figures
-    speed = f"{figures.positions_per_second:,.0f} positions/s" if figures.units_captured else "all captured before"
+    speed = f"{figures.mean_positions_per_second:,.0f} positions/s" if figures.units_captured else "all captured before"
     console.print(
         f"  {len(store.manifest.units)} units, {statistics.records:,} records, "
         f"{statistics.positions:,} positions, {speed}\n"
