@@ -12,7 +12,7 @@ import numpy as np
 from logitstore.corpus.documents import DeadLetter, Document
 from logitstore.corpus.rejection import RejectedDocumentError
 from logitstore.corpus.sequences import Sequence
-from logitstore.errors import InvalidLogitsOfSequenceError, UnusableDocumentError
+from logitstore.errors import TeacherLostError, UnusableDocumentError, UnusableSequenceError
 from logitstore.records import DocumentSpan
 from logitstore.teacher.generation import Answer, GenerationSettings, build_answer_key
 from logitstore.teacher.protocol import GeneratingTeacher
@@ -45,6 +45,7 @@ class AnswerBuild:
         stop_ids: tokens that end an answer, besides those that the teacher knows.
         seed, unit: what the answers are a function of, besides prompt and teacher.
         length: positions of a sequence; a prompt that leaves no room for the longest answer is a dead letter.
+        is_careful: ask for the answers to one prompt at a time, so that it is known which one an engine dies of.
 
     Attributes:
         num_documents, num_recorded_documents, dead_letters: see `SequenceBuild`.
@@ -61,6 +62,7 @@ class AnswerBuild:
         seed: int,
         unit: int,
         length: int,
+        is_careful: bool = False,
     ) -> None:
         self.num_documents = 0
         self.num_recorded_documents = 0
@@ -72,6 +74,7 @@ class AnswerBuild:
         self._seed = seed
         self._unit = unit
         self._most_prompt_tokens = length + 1 - settings.max_new_tokens
+        self._prompts_at_a_time = 1 if is_careful else max(1, _PROMPTS_AT_A_TIME // settings.num_answers)
         self._sequences = self._build(documents)
 
     def __iter__(self) -> Iterator[Sequence]:
@@ -79,7 +82,7 @@ class AnswerBuild:
 
     def _build(self, documents: Iterable[Document | DeadLetter]) -> Iterator[Sequence]:
         prompts = self._read_prompts(documents)
-        while group := list(itertools.islice(prompts, max(1, _PROMPTS_AT_A_TIME // self._settings.num_answers))):
+        while group := list(itertools.islice(prompts, self._prompts_at_a_time)):
             asked = [(prompt, number) for prompt in group for number in range(self._settings.num_answers)]
             keys = [build_answer_key(self._seed, self._unit, prompt.number, number) for prompt, number in asked]
             answers = self._generate([prompt for prompt, _ in asked], keys)
@@ -96,8 +99,12 @@ class AnswerBuild:
         token_ids = [prompt.token_ids for prompt in prompts]
         try:
             yield from self._teacher.generate(token_ids, self._settings, keys, self._stop_ids)
-        except InvalidLogitsOfSequenceError as error:
+        except UnusableSequenceError as error:
             raise UnusableDocumentError(prompts[error.sequence].document.document_id, error) from error
+        except TeacherLostError as error:
+            if self._prompts_at_a_time == 1:
+                error.document_id = prompts[0].document.document_id
+            raise
 
     def _read_prompts(self, documents: Iterable[Document | DeadLetter]) -> Iterator[_Prompt]:
         for number, document in enumerate(documents):

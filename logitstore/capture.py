@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import logging
 import tempfile
@@ -14,20 +15,18 @@ from typing import Any
 from pydantic import Field
 
 from logitstore import __version__
-from logitstore.answers import strip_answer
 from logitstore.corpus.documents import CorpusSettings, DeadLetter, Document, read_documents
 from logitstore.corpus.sequences import Sequence
 from logitstore.corpus.units import UnitTable
 from logitstore.errors import (
     ConfigError,
     IncompatibleStoreError,
-    InvalidLogitsOfSequenceError,
+    LogitStoreError,
     OutsideError,
     TeacherError,
     UnusableDocumentError,
 )
-from logitstore.given_sequences import score_sequences
-from logitstore.records import Record, RecordAddress, Signal
+from logitstore.records import Record
 from logitstore.settings import Settings
 from logitstore.shard.layout import FORMAT_VERSION, ShardHeader
 from logitstore.shard.summary import ShardSummary
@@ -43,16 +42,15 @@ from logitstore.store.commit import (
 )
 from logitstore.store.files import StoreFiles
 from logitstore.store.plan import StorePlan
-from logitstore.teacher.draw_key import build_draw_key
 from logitstore.teacher.protocol import Teacher
-from logitstore.told_answers import ToldSequence
+from logitstore.unit_records import LeftOut, UnitCare, UnitScorer
 from logitstore.unit_sequences import SequenceMaker, UnitBuild
 
 _LOG = logging.getLogger(__name__)
-# Documents of a unit that may be left out because the teacher's logits are not finite; each makes the unit begin anew.
+# Documents of a unit that may be left out because the teacher cannot score them; each makes the unit begin anew.
 MOST_UNUSABLE_DOCUMENTS = 8
-# Positions handed to the teacher at a time: enough for it to sort into even batches, little enough to hold.
-_POSITIONS_AT_A_TIME = 131_072
+# Of the disk that shards are assembled on: full, over a quota or a limit, read-only, broken.
+_DISK_TROUBLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
 
 
 class Receipt(Settings):
@@ -110,25 +108,33 @@ class UnitCapture:
             seed=plan.seed,
             has_given_ids=plan.corpus.given_ids is not None,
         )
+        self._scorer = UnitScorer(teacher, plan)
         self._fingerprint = plan.compute_fingerprint()
         self._units: UnitTable = plan.build_unit_table()
 
-    def capture(self, unit: int, attempt: str | None = None) -> Receipt:
+    def capture(self, unit: int, attempt: str | None = None, care: UnitCare | None = None) -> Receipt:
         """Run the teacher over a unit and commit its shard.
 
         A unit that is committed already is left as it is: its receipt says "lost", with counts of zero. A kill at any
         point leaves the unit either uncommitted (with garbage to collect at most) or committed whole.
 
+        Args:
+            unit: of the plan.
+            attempt: a name that no other attempt has.
+            care: where the teacher's engine has died of the unit before.
         Raises:
             TeacherError, InvalidSignalError: what the teacher said cannot be stored; nothing is committed. Documents
-                whose logits are not finite do not lead here, up to a few of a unit: they become dead letters.
-            OutsideError: the storage failed; nothing is committed.
+                whose logits are not finite, or that memory is too small for, do not lead here, up to a few of a unit:
+                they become dead letters.
+            TeacherLostError: the teacher's engine has died. With `care`, it names the document that it died of.
+            OutsideError: the storage failed, or the folder where the shard is assembled has no room; nothing is
+                committed.
         """
         started = time.monotonic()
         if self._files.exists(build_commit_path(unit)):
             return _build_lost_receipt(unit)
         attempt = attempt or build_attempt()
-        build, shard, path = self._write_usable(unit, attempt)
+        build, shard, path = self._write_usable(unit, attempt, care)
         counts, dead_letters = count_dead_letters(build.dead_letters)
         commit = Commit(
             plan_fingerprint=self._fingerprint,
@@ -162,49 +168,56 @@ class UnitCapture:
             seconds=time.monotonic() - started,
         )
 
-    def _read_unit(self, unit: int, unusable: Mapping[str, str]) -> Iterator[Document | DeadLetter]:
-        """The unit's documents, those that are unusable as dead letters that say why."""
+    def _read_unit(self, unit: int, left_out: Mapping[str, LeftOut]) -> Iterator[Document | DeadLetter]:
+        """The unit's documents, those that are left out as dead letters that say why."""
         for span in self._units.spans(unit):
             file = self._plan.files[span.file_index]
             for item in read_documents(file, span.start, span.stop, self._corpus, self._storage_options):
-                if isinstance(item, Document) and item.document_id in unusable:
-                    yield item.reject("invalid_signal", unusable[item.document_id])
+                if isinstance(item, Document) and item.document_id in left_out:
+                    why = left_out[item.document_id]
+                    yield item.reject(why.reason, why.detail)
                 else:
                     yield item
 
-    def _write_usable(self, unit: int, attempt: str) -> tuple[UnitBuild, ShardSummary | None, str | None]:
-        """Write the unit's shard without the documents that the teacher has no finite logits for.
+    def _write_usable(
+        self, unit: int, attempt: str, care: UnitCare | None
+    ) -> tuple[UnitBuild, ShardSummary | None, str | None]:
+        """Write the unit's shard without the documents that the teacher cannot score.
 
         Each of them costs the unit's scores up to there: with one document fewer, all records after it are others.
         Documents of the unit that share its id go with it. A teacher that can score none of a unit's documents, or too
         few, is not taken for one that is well.
         """
-        unusable: dict[str, str] = {}
+        left_out = {} if care is None else dict(care.left_out)
         while True:
-            build = self._sequences.build(unit, self._read_unit(unit, unusable))
+            build = self._sequences.build(unit, self._read_unit(unit, left_out), is_careful=care is not None)
             try:
-                shard, path = self._write(unit, attempt, build)
+                shard, path = self._write(unit, attempt, build, is_careful=care is not None)
             except UnusableDocumentError as error:
-                if error.document_id in unusable or len(unusable) == MOST_UNUSABLE_DOCUMENTS:
+                if error.document_id in left_out or len(left_out) >= MOST_UNUSABLE_DOCUMENTS:
                     raise
                 _LOG.warning("unit %d goes on without a document: %s", unit, error)
-                unusable[error.document_id] = error.detail
+                left_out[error.document_id] = LeftOut(reason=error.reason, detail=error.detail)
                 continue
-            if unusable and shard is None:
+            if left_out and shard is None:
+                listed = "; ".join(f"{document_id!r}: {why.detail}" for document_id, why in left_out.items())
                 raise TeacherError(
-                    f"teacher {self._plan.teacher.model!r}: expected finite logits for a document of unit {unit} at "
-                    f"least, found none for {list(unusable)}; try another dtype or check the weights"
+                    f"teacher {self._plan.teacher.model!r}: expected to score a document of unit {unit} at least, "
+                    f"found that it can score none ({listed}); try another dtype, less at a time, or check the weights"
                 )
             return build, shard, path
 
-    def _write(self, unit: int, attempt: str, build: UnitBuild) -> tuple[ShardSummary | None, str | None]:
+    def _write(
+        self, unit: int, attempt: str, build: UnitBuild, *, is_careful: bool
+    ) -> tuple[ShardSummary | None, str | None]:
         """Assemble the shard beside us and upload it; (None, None) where the unit has no usable document."""
         # Closed on the way out: an engine would go on with answers that nobody waits for.
         with contextlib.closing(_iterate(build)) as sequences:
             first = next(sequences, None)
             if first is None:
                 return None, None
-            return self._write_records(unit, attempt, self._score(unit, itertools.chain([first], sequences)))
+            records = self._scorer.score(unit, itertools.chain([first], sequences), is_careful=is_careful)
+            return self._write_records(unit, attempt, records)
 
     def _write_records(self, unit: int, attempt: str, records: Iterator[Record]) -> tuple[ShardSummary, str]:
         header = ShardHeader(
@@ -218,55 +231,13 @@ class UnitCapture:
             temperatures=self._plan.temperatures,
             has_labels=self._plan.has_labels,
         )
-        with tempfile.TemporaryDirectory(prefix="logitstore-", dir=self._spill_folder) as folder:
-            spilled = Path(folder) / f"{unit:07d}.parquet"
-            shard = write_shard(spilled, records, header, self._plan.shard)
-            path = build_data_path(unit, attempt)
+        path = build_data_path(unit, attempt)
+        with _open_spill_folder(self._spill_folder) as folder:
+            spilled = folder / f"{unit:07d}.parquet"
+            with _explain_spilling(folder):
+                shard = write_shard(spilled, records, header, self._plan.shard)
             self._files.put_file(path, spilled)
         return shard, path
-
-    def _score(self, unit: int, sequences: Iterator[Sequence]) -> Iterator[Record]:
-        index = 0
-        for group in _group_sequences(sequences):
-            try:
-                for sequence, signal in zip(group, self._find_signals(unit, index, group), strict=True):
-                    yield Record(
-                        address=RecordAddress(unit=unit, index=index),
-                        token_ids=sequence.token_ids,
-                        loss_mask=sequence.loss_mask,
-                        signal=signal,
-                        documents=sequence.documents,
-                    )
-                    index += 1
-            except InvalidLogitsOfSequenceError as error:
-                document_id = self._find_unusable_document(group[error.sequence], error.position)
-                prompt_id = strip_answer(document_id) if self._plan.generate else document_id
-                raise UnusableDocumentError(prompt_id, error) from error
-
-    def _find_unusable_document(self, sequence: Sequence, position: int) -> str:
-        """Id of the document of a sequence that the teacher fails at on its own, or of the one at a position.
-
-        The position alone may accuse the document before: attention kernels multiply NaN by weights of 0.
-        """
-        stops = [*(span.start for span in sequence.documents[1:]), len(sequence.token_ids) - 1]
-        suspect = sequence.documents[0]
-        for span, stop in zip(sequence.documents, stops, strict=True):
-            try:
-                if len(sequence.documents) > 1 and stop > span.start:
-                    list(self._teacher.score([sequence.token_ids[span.start : stop + 1]], [0]))
-            except InvalidLogitsOfSequenceError:
-                return span.document_id
-            if span.start <= position:
-                suspect = span
-        return suspect.document_id
-
-    def _find_signals(self, unit: int, index: int, group: list[Sequence]) -> Iterator[Signal]:
-        """What the teacher says about sequences; `index` is that of the first in its unit."""
-        told = [sequence.signal for sequence in group if isinstance(sequence, ToldSequence)]
-        if told:
-            return iter(told)  # all of a unit or none
-        keys = [build_draw_key(self._plan.seed, unit, index + i) for i in range(len(group))]
-        return score_sequences(self._teacher, group, keys)
 
 
 def _build_lost_receipt(unit: int) -> Receipt:
@@ -279,14 +250,25 @@ def _iterate(build: UnitBuild) -> Generator[Sequence, None, None]:
     yield from build
 
 
-def _group_sequences(sequences: Iterator[Sequence]) -> Iterator[list[Sequence]]:
-    group: list[Sequence] = []
-    positions = 0
-    for sequence in sequences:
-        group.append(sequence)
-        positions += len(sequence.loss_mask)
-        if positions >= _POSITIONS_AT_A_TIME:
-            yield group
-            group, positions = [], 0
-    if group:
-        yield group
+@contextlib.contextmanager
+def _open_spill_folder(parent: Path | None) -> Iterator[Path]:
+    """A folder of its own for a shard, gone with everything in it in the end."""
+    with _explain_spilling(parent):
+        folder = tempfile.TemporaryDirectory(prefix="logitstore-", dir=parent, ignore_cleanup_errors=True)
+    with folder as name:
+        yield Path(name)
+
+
+@contextlib.contextmanager
+def _explain_spilling(folder: Path | None) -> Iterator[None]:
+    """What is wrong with the disk that a shard is assembled on is wrong with this machine, not with the unit."""
+    try:
+        yield
+    except OSError as error:
+        is_gone = folder is None or not folder.is_dir()  # without a folder: there is none that can be written to
+        if isinstance(error, LogitStoreError) or not (is_gone or error.errno in _DISK_TROUBLE):
+            raise
+        raise OutsideError(
+            f"{folder or 'TMPDIR'}: expected room for a shard until it is uploaded, found {error}; make room there, or "
+            "set TMPDIR to a larger disk"
+        ) from error

@@ -6,7 +6,7 @@ reader would guess, so `except ValueError` around a settings file works as expec
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 
 class LogitStoreError(Exception):
@@ -69,14 +69,33 @@ class TeacherError(LogitStoreError, RuntimeError):
     exit_code = 3
 
 
-class InvalidLogitsOfSequenceError(TeacherError):
+class UnusableSequenceError(TeacherError):
+    """The teacher cannot score, or answer, one of the sequences that it was given.
+
+    Attributes:
+        reason: of the dead letter that a document of the sequence becomes.
+        sequence: 0-based, among those that the teacher was given.
+        position: 0-based, in the sequence; where the trouble was found.
+        detail: what the dead letter says.
+    """
+
+    reason: ClassVar[Literal["invalid_signal", "out_of_memory"]]
+    sequence: int
+    position: int
+
+    @property
+    def detail(self) -> str:
+        raise NotImplementedError
+
+
+class InvalidLogitsOfSequenceError(UnusableSequenceError):
     """The teacher's logits at a position of a sequence are NaN, infinite, or none at all.
 
     Attributes:
-        sequence: 0-based, among those that the teacher was given.
-        position: 0-based, in the sequence.
         found: what was there instead of finite logits.
     """
+
+    reason = "invalid_signal"
 
     def __init__(self, teacher: str, sequence: int, position: int, found: str) -> None:
         super().__init__(
@@ -85,20 +104,52 @@ class InvalidLogitsOfSequenceError(TeacherError):
         )
         self.sequence, self.position, self.found = sequence, position, found
 
+    @property
+    def detail(self) -> str:
+        return f"expected finite logits of the teacher, found {self.found}"
+
+
+class OutOfMemoryOfSequenceError(UnusableSequenceError):
+    """There is not enough memory for a sequence although the teacher was given no other beside it.
+
+    Attributes:
+        num_tokens: of the sequence.
+        found: what the allocator said.
+    """
+
+    reason = "out_of_memory"
+
+    def __init__(self, teacher: str, sequence: int, num_tokens: int, found: str) -> None:
+        super().__init__(
+            f"teacher {teacher!r}: sequence {sequence}: expected memory for its {num_tokens} tokens alone, found "
+            f"{found}; set sequences.length or teacher.head_chunk_positions to less, or free memory"
+        )
+        self.sequence, self.position, self.num_tokens, self.found = sequence, 0, num_tokens, found
+
+    @property
+    def detail(self) -> str:
+        return f"expected memory for {self.num_tokens} tokens, found {self.found}"
+
 
 class UnusableDocumentError(TeacherError):
     """A document that the teacher cannot score or answer, and what it says about it."""
 
-    def __init__(self, document_id: str, error: InvalidLogitsOfSequenceError) -> None:
+    def __init__(self, document_id: str, error: UnusableSequenceError) -> None:
         super().__init__(f"document {document_id!r}: {error}")
         self.document_id = document_id
-        self.detail = f"expected finite logits of the teacher, found {error.found}"
+        self.reason = error.reason
+        self.detail = error.detail
 
 
 class TeacherLostError(TeacherError):
-    """The engine that runs the teacher has died: nothing more can be scored in this process, a new one may."""
+    """The engine that runs the teacher has died: nothing more can be scored in this process, a new one may.
+
+    Attributes:
+        document_id: the document that the engine was alone with, None where there were several or none.
+    """
 
     exit_code = 4
+    document_id: str | None = None
 
 
 class CaptureError(LogitStoreError, RuntimeError):

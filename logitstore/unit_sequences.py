@@ -74,8 +74,11 @@ class SequenceMaker:
                 "only scores texts; set teacher.engine to huggingface, or leave out generate"
             )
 
-    def build(self, unit: int, documents: Iterable[Document | DeadLetter]) -> UnitBuild:
-        """Sequences of a unit's documents, in corpus order, made as they are asked for."""
+    def build(self, unit: int, documents: Iterable[Document | DeadLetter], *, is_careful: bool = False) -> UnitBuild:
+        """Sequences of a unit's documents, in corpus order, made as they are asked for.
+
+        With `is_careful`, an engine that writes answers is asked about one document at a time.
+        """
         identity = self._teacher.identity
         if self._generate is not None:
             arguments: dict[str, Any] = {
@@ -89,7 +92,7 @@ class SequenceMaker:
             if isinstance(self._teacher, TellingTeacher):
                 return ToldAnswerBuild(documents, teacher=self._teacher, **arguments)
             assert isinstance(self._teacher, GeneratingTeacher), "checked above"
-            return AnswerBuild(documents, teacher=self._teacher, **arguments)
+            return AnswerBuild(documents, teacher=self._teacher, is_careful=is_careful, **arguments)
         if self._has_given_ids:
             return GivenBuild(documents, vocab_size=identity.vocab_size, settings=self._settings)
         return build_sequences(

@@ -137,7 +137,7 @@ def test_answers_that_nobody_waits_for_are_given_up_before_the_unit_begins_anew(
             open_calls.pop()
 
     monkeypatch.setattr(HuggingFaceTeacher, "generate", watch)
-    monkeypatch.setattr("logitstore.capture._POSITIONS_AT_A_TIME", 1)
+    monkeypatch.setattr("logitstore.unit_records._POSITIONS_AT_A_TIME", 1)
     poison_tokens(monkeypatch, teacher_folder, "~")
     gc.disable()  # which would come upon them sooner or later
     try:

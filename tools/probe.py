@@ -17,7 +17,7 @@ import torch
 from cluster.settings import ClusterCaptureSettings
 from logitstore.capture import MOST_UNUSABLE_DOCUMENTS
 from logitstore.corpus.sequences import Sequence
-from logitstore.errors import InvalidLogitsOfSequenceError
+from logitstore.errors import UnusableSequenceError
 from logitstore.given_sequences import score_sequences
 from logitstore.planning import check_teacher_fits, find_unknown_scalars
 from logitstore.records import Record, RecordAddress
@@ -192,7 +192,7 @@ def probe_teacher(
         has_labels=settings.corpus.label_field is not None,
     )
     if not isinstance(sample.chosen[0], ToldSequence):
-        with contextlib.suppress(InvalidLogitsOfSequenceError):
+        with contextlib.suppress(UnusableSequenceError):
             for _ in score_sequences(teacher, sample.chosen[:1], [0]):
                 pass  # the first pass sets things up that the others find ready
     with tempfile.TemporaryDirectory(prefix="logitstore-plan-") as folder:
@@ -225,16 +225,16 @@ def probe_teacher(
 def _write_usable(
     teacher: Teacher, sequences: list[Sequence], write: Callable[..., ShardSummary], report: Callable[..., None]
 ) -> tuple[ShardSummary, float]:
-    """Write a shard of the sequences that the teacher has finite logits for, and time what is in it.
+    """Write a shard of the sequences that the teacher can score, and time what is in it.
 
     Raises:
-        InvalidLogitsOfSequenceError: it has none for all of them, or for more than a capture would do without.
+        UnusableSequenceError: it can score none of them, or fails at more than a capture would do without.
     """
     for num_left_out in range(MOST_UNUSABLE_DOCUMENTS + 1):
         started = time.perf_counter()
         try:
             return write(records=_score(teacher, sequences, report)), time.perf_counter() - started
-        except InvalidLogitsOfSequenceError as error:
+        except UnusableSequenceError as error:
             if len(sequences) == 1 or num_left_out == MOST_UNUSABLE_DOCUMENTS:
                 raise
             _LOG.warning(

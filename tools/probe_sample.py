@@ -95,7 +95,7 @@ def _read_part(
                 raise
             num_rejected += 1
             documents = [
-                item.reject("invalid_signal", error.detail) if isinstance(item, Document) and bad else item
+                item.reject(error.reason, error.detail) if isinstance(item, Document) and bad else item
                 for item, bad in zip(documents, is_it, strict=True)
             ]
     return PartSample(

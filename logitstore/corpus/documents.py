@@ -35,6 +35,8 @@ DeadLetterReason = Literal[
     "too_short",
     "token_out_of_range",
     "invalid_signal",
+    "out_of_memory",  # the teacher's, with nothing else to score beside it
+    "engine_died",  # of it, twice, with nothing else to score beside it
     "empty_answer",
     "refused",  # by an endpoint, which says why
     "unmapped_token",  # an endpoint names a token that is none of the tokenizer's

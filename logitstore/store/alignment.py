@@ -14,6 +14,9 @@ from logitstore.store.logit_store import LogitStore
 from logitstore.store.plan import StorePlan
 from logitstore.teacher.generation import GenerationSettings
 
+# Dead letters that another teacher, or the same one in other company, need not have.
+_OF_THE_TEACHER = '"(invalid_signal|out_of_memory|engine_died)"'
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Alignment:
@@ -89,10 +92,10 @@ def find_common_records(stores: Sequence[LogitStore]) -> Alignment:
 
 
 def list_units_cut_otherwise(store: LogitStore) -> np.ndarray:
-    """[·] int32, units with dead letters that are the teacher's: its logits were not finite."""
+    """[·] int32, units with dead letters that are the teacher's, which could not score them."""
     found = []
     for table in store.manifest.iterate_units("unit", "dead_letter_counts"):
-        is_short = pc.match_substring(table["dead_letter_counts"], '"invalid_signal"')
+        is_short = pc.match_substring_regex(table["dead_letter_counts"], _OF_THE_TEACHER)
         found.append(table["unit"].filter(is_short).to_numpy())
     return np.concatenate(found)
 

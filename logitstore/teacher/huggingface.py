@@ -24,6 +24,7 @@ from logitstore.teacher.fingerprint import compute_weights_fingerprint
 from logitstore.teacher.generation import Answer, GenerationSettings
 from logitstore.teacher.head import NUM_CHECKED_TOKENS, ChunkedLogits, LogitsPart
 from logitstore.teacher.huggingface_generation import generate_answers, list_stop_ids
+from logitstore.teacher.memory_bound import MemoryBound
 from logitstore.teacher.protocol import Method, TeacherIdentity, TeacherSettings
 from logitstore.teacher.row_threads import RowThreads
 from logitstore.teacher.sequence_check import check_candidates, check_prompts, check_sequences
@@ -138,10 +139,12 @@ class HuggingFaceTeacher:
         candidates: Sequence[np.ndarray] | None = None,
     ) -> Iterator[Signal]:
         lengths = [len(token_ids) - 1 for token_ids in sequences]
+        run = partial(self._score_batch, sequences=sequences, draw_keys=draw_keys, candidates=candidates)
+        bound = MemoryBound(self._settings.model, lengths, run)
         for batches in plan_windows(lengths, self._settings.batch_tokens):
             signals: dict[int, Signal] = {}
             for batch in batches:
-                signals.update(zip(batch, self._score_batch(batch, sequences, draw_keys, candidates), strict=True))
+                signals.update(zip(batch, bound.run(batch), strict=True))
             for i in sorted(signals):
                 yield signals[i]
 

@@ -12,6 +12,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from logitstore.errors import InvalidLogitsOfSequenceError
 from logitstore.teacher.batching import plan_windows
 from logitstore.teacher.generation import Answer, GenerationSettings, draw_uniform
+from logitstore.teacher.memory_bound import MemoryBound
 
 # Tokens are chosen of so many logits at a time: in float64, sorted and summed, they take a dozen times their memory.
 NUM_LOGITS_AT_ONCE = 2**23
@@ -35,18 +36,23 @@ def generate_answers(
         stop_ids: every token that ends an answer, at least one.
         vocab_size: ids from here on are padding of the model's output, and never chosen.
     """
+    name = str(model.config.name_or_path)
+
+    def run(batch: list[int]) -> list[Answer]:
+        chooser = _Chooser(settings, [keys[i] for i in batch], vocab_size, stop_ids)
+        try:
+            new_ids = _generate_batch(model, [prompts[i] for i in batch], chooser, sorted(stop_ids))
+        except _InvalidRowError as error:
+            position = len(prompts[batch[error.row]]) + error.token - 1
+            raise InvalidLogitsOfSequenceError(name, batch[error.row], position, error.found) from None
+        return [_cut(row, stop_ids) for row in new_ids]
+
     lengths = [len(prompt) + settings.max_new_tokens for prompt in prompts]
+    bound = MemoryBound(name, lengths, run)
     for batches in plan_windows(lengths, batch_tokens):
         answers: dict[int, Answer] = {}
         for batch in batches:
-            chooser = _Chooser(settings, [keys[i] for i in batch], vocab_size, stop_ids)
-            try:
-                new_ids = _generate_batch(model, [prompts[i] for i in batch], chooser, sorted(stop_ids))
-            except _InvalidRowError as error:
-                position = len(prompts[batch[error.row]]) + error.token - 1
-                name = str(model.config.name_or_path)
-                raise InvalidLogitsOfSequenceError(name, batch[error.row], position, error.found) from None
-            answers.update(zip(batch, (_cut(row, stop_ids) for row in new_ids), strict=True))
+            answers.update(zip(batch, bound.run(batch), strict=True))
         for i in sorted(answers):
             yield answers[i]
 

@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import TypeAdapter
+from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.pooler.abstract import Pooler
 from vllm.model_executor.layers.pooler.common import PoolingParamsUpdate
 from vllm.model_executor.models.registry import ModelRegistry
 
 from logitstore.teacher.draws import DrawKeys
 from logitstore.teacher.huggingface import NUM_LOGITS_AT_ONCE
+from logitstore.teacher.memory_bound import give_back_memory, is_out_of_memory
 from logitstore.teacher.protocol import Method
 from logitstore.teacher.sparse_rows import InvalidLogitsError
 from logitstore.teacher.sparsify import Scratch, sparsify
@@ -71,13 +73,28 @@ class TeacherPooler(Pooler):  # type: ignore[misc]  # vLLM is not there for the 
         packed = [
             part
             for start in range(0, num_rows, self._chunk_positions)
-            for part in self._score(hidden_states, places, start, min(start + self._chunk_positions, num_rows))
+            for part in self._score_chunk(hidden_states, places, start, min(start + self._chunk_positions, num_rows))
         ]
         rows = join_packed(packed, self._layout)
         if self._has_invalid_rows:
             self._has_invalid_rows = False
             clean_caches(self._model)
         return stitch_sequences(rows, pooling_metadata, self._layout)
+
+    def _score_chunk(self, hidden_RD: torch.Tensor, places: RowPlaces, start: int, stop: int) -> list[torch.Tensor]:
+        """Packed rows of a chunk; where memory runs out, of its halves, since an exception would end the engine."""
+        try:
+            return self._score(hidden_RD, places, start, stop)
+        except Exception as error:
+            # Workers that share a model take every step together: one alone must not take two in place of one.
+            if stop - start == 1 or get_tensor_model_parallel_world_size() > 1 or not is_out_of_memory(error):
+                raise
+        give_back_memory()
+        middle = (start + stop) // 2
+        return [
+            *self._score_chunk(hidden_RD, places, start, middle),
+            *self._score_chunk(hidden_RD, places, middle, stop),
+        ]
 
     def _score(self, hidden_RD: torch.Tensor, places: RowPlaces, start: int, stop: int) -> list[torch.Tensor]:
         logits_RV = self._model.compute_logits(hidden_RD[start:stop])
