@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import torch
 import yaml
 from checkout import ROOT
+from taught_stores import build_model, fill_store
+from transformers import AutoModelForCausalLM
 
 from logitstore.settings import build_settings
 from trainer.config import TrainSettings
@@ -38,6 +42,25 @@ def test_page_names_every_optimizer_and_format() -> None:
         assert re.search(rf"\b{kind}\b", PAGE, re.IGNORECASE), kind
     for form in get_args(ExportFormat):
         assert f"`{form}`" in PAGE or f"--to {form}" in PAGE, form
+
+
+def test_cut_of_the_page_begins_as_the_run_that_cuts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "runs/quickstart"
+    folder.mkdir(parents=True)
+    teacher = build_model(1, num_hidden_layers=3)
+    teacher.save_pretrained(folder / "teacher")
+    fill_store(folder, teacher, range(1))
+    monkeypatch.chdir(tmp_path)
+    [code] = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "students/two-layers")
+    assert saved.config.num_hidden_layers == 2
+    for found, expected in zip(saved.parameters(), names["student"].parameters(), strict=True):
+        assert torch.equal(found, expected)
+    for place, kept in enumerate((0, 2)):
+        weights = (model.model.layers[layer].mlp.up_proj.weight for model, layer in ((saved, place), (teacher, kept)))
+        assert torch.equal(*weights)
 
 
 def test_commands_of_the_page_are_those_of_the_help() -> None:
