@@ -13,12 +13,12 @@ from tools.cli import app
 from trainer.evaluation import Evaluation
 from trainer.vocabularies.student_reader import _ENOUGH_TEXT
 
-PAGE = (ROOT / "docs/other-tokenizers.md").read_text(encoding="utf-8")
+PAGE = " ".join((ROOT / "docs/other-tokenizers.md").read_text(encoding="utf-8").split())
 
 
 @pytest.mark.parametrize(("command", "option"), [("quickstart", "--folder"), ("benchmark vocabularies", "--steps")])
 def test_commands_of_the_page_have_their_options(command: str, option: str) -> None:
-    assert re.search(rf"`logitstore {command} .*?{option} ", " ".join(PAGE.split()))
+    assert re.search(rf"`logitstore {command} .*?{option} ", PAGE)
     shown = CliRunner().invoke(app, [*command.split(), "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"})
     assert shown.exit_code == 0
     assert option in shown.output
