@@ -21,7 +21,7 @@ from trainer.stores import open_at_one_manifest
 
 @dataclass(frozen=True, kw_only=True)
 class SecondRank(Processes):
-    """Rank 1 of two, the first of which looked when there was one manifest."""
+    """Stands for a rank of several that have no process group, the first of which looked when there was one manifest."""
 
     def take_from_first(self, number: int) -> int:
         assert number == 2
@@ -37,7 +37,7 @@ def grown(tmp_path: Path) -> LogitStore:
 
 def test_rank_that_finds_a_newer_manifest_takes_that_of_rank_0(grown: LogitStore) -> None:
     assert grown.manifest_number == 2
-    second = SecondRank(rank=1, world_size=2, device=torch.device("cpu"))
+    second = SecondRank(rank=1, world_size=1, device=torch.device("cpu"))
     opened = open_at_one_manifest(grown.url, "latest", {}, second)
     assert (opened.manifest_number, len(opened)) == (1, 64)
     settings = build_settings(EvaluateSettings, {"store": grown.url, "student": "s"}, where="test")
