@@ -17,6 +17,7 @@ import tools.gc
 import tools.inspect
 import tools.plan
 import tools.status
+import tools.submit
 import tools.sweep
 import tools.train
 import tools.verify
@@ -107,6 +108,7 @@ app.command("train")(tools.train.command)
 app.command("sweep")(tools.sweep.command)
 app.command("evaluate")(tools.evaluate.command)
 app.command("export")(tools.export.command)
+app.add_typer(tools.submit.app, name="submit")
 app.add_typer(tools.convert.app, name="convert")
 app.add_typer(tools.benchmark.app, name="benchmark")
 

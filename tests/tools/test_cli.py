@@ -26,6 +26,12 @@ VERBS = (
     "sweep",
     "evaluate",
     "export",
+    "submit capture",
+    "submit train",
+    "submit sweep",
+    "submit follow",
+    "submit status",
+    "submit stop",
     "convert export",
     "convert import",
 )
