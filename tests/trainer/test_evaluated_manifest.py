@@ -21,7 +21,7 @@ from trainer.stores import open_at_one_manifest
 
 @dataclass(frozen=True, kw_only=True)
 class SecondRank(Processes):
-    """Stands for a rank of several that have no process group, the first of which looked when there was one manifest."""
+    """One of several ranks, without their process group; the first of them looked when there was one manifest."""
 
     def take_from_first(self, number: int) -> int:
         assert number == 2
