@@ -1,34 +1,48 @@
-"""The actors of a capture and the calls they are at work on: all that the driver says to Ray."""
+"""The actors of a capture and the calls they are at work on."""
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-import ray
-from ray.exceptions import RayError
-
-from cluster.actor import CaptureActor, LoadedTeacher
-from cluster.placement import ActorDemand
-from cluster.settings import ClusterCaptureSettings
+from cluster.actor import LoadedTeacher
+from cluster.actor_groups import ActorGroup
+from cluster.ray_cluster import Cluster
+from logitstore.unit_records import UnitCare
 
 _LONGEST_REST_SECONDS = 300.0
 
 
 @dataclass(kw_only=True, eq=False)
 class Slot:
-    """One actor: a number that stays through restarts, what it has loaded, and when it may be sent more."""
+    """A place for an actor: one after the other may take it, and its number stays.
+
+    Attributes:
+        number: that no other place has or had.
+        group: which kind of actor takes it.
+        actor: who has it; None before it is started, or while the place rests.
+        loaded: what the actor has loaded.
+        calls: that have not ended, oldest first, with the unit; None for a load.
+        busy_since: when the actor began with the oldest of them, as far as one can tell from here.
+        load_losses: actors that died here while they loaded, one after the other.
+        restarts_in_a_row: of actors that failed, with nothing captured between.
+        rests_until: no actor is started before.
+        is_retired: its machine will be taken away; nothing is sent to it any more.
+    """
 
     number: int
-    actor: Any
+    group: ActorGroup
+    actor: Any = None
     loaded: LoadedTeacher | None = None
-    is_loading: bool = False
+    calls: dict[int, int | None] = field(default_factory=dict)
+    busy_since: float = 0.0
     load_losses: int = 0
     restarts_in_a_row: int = 0
     rests_until: float = 0.0
+    is_retired: bool = False
 
     @property
     def is_ready(self) -> bool:
@@ -38,81 +52,110 @@ class Slot:
     def host(self) -> str:
         return self.loaded.host if self.loaded is not None else "its machine"
 
-    def rest(self, seconds: float) -> None:
-        """Send it nothing for a while."""
-        self.rests_until = time.monotonic() + seconds
-
 
 @dataclass(frozen=True, kw_only=True)
 class EndedCall:
-    """A call that has ended one way or another; `ray.get(task)` says how. `unit` is None for a load."""
+    """A call that has ended one way or another; `fetch` returns the answer or raises. `unit` is None for a load."""
 
     slot: Slot
     unit: int | None
-    task: Any
+    fetch: Callable[[], Any]
 
 
 class ActorPool:
-    """Starts actors, and knows their calls in the order in which they were made."""
+    """Places for actors, and who is at what.
 
-    def __init__(self, settings: ClusterCaptureSettings, demand: ActorDemand, count: int) -> None:
-        actor_class: Any = CaptureActor
-        self._calls: dict[Any, tuple[Slot, int | None]] = {}
-        self.slots = [
-            Slot(
-                number=number,
-                actor=actor_class.options(num_cpus=demand.cpus, num_gpus=demand.gpus).remote(settings),
-            )
-            for number in range(count)
-        ]
+    Args:
+        cluster: where the actors are.
+    """
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._slot_of: dict[int, Slot] = {}  # of each call
+        self._unloaded: dict[int, Slot] = {}
+        self._ready: set[int] = set()
+        self._next_number = 0
+        self.slots: dict[int, Slot] = {}
 
     @property
     def num_ready(self) -> int:
-        return sum(slot.is_ready for slot in self.slots)
+        return len(self._ready)
 
-    def load(self, slot: Slot) -> None:
-        """Let an actor load the teacher."""
-        slot.is_loading = True
-        self._calls[slot.actor.load.remote()] = slot, None
+    def add(self, group: ActorGroup) -> Slot:
+        """A new place; `load_rested` starts its actor."""
+        slot = Slot(number=self._next_number, group=group)
+        self._next_number += 1
+        self.slots[slot.number] = self._unloaded[slot.number] = slot
+        return slot
 
-    def capture(self, slot: Slot, unit: int, attempt: str) -> None:
+    def load_rested(self, now: float) -> None:
+        """Start an actor in every place that has none and does not rest, and let it load the teacher."""
+        for slot in [slot for slot in self._unloaded.values() if slot.rests_until <= now]:
+            del self._unloaded[slot.number]
+            slot.actor = self._cluster.start(slot.number, slot.group)
+            self._note_call(slot, self._cluster.load(slot.actor), None)
+
+    def admit(self, slot: Slot, loaded: LoadedTeacher) -> None:
+        """Its actor has loaded the teacher."""
+        slot.loaded, slot.load_losses = loaded, 0
+        self._ready.add(slot.number)
+
+    def capture(self, slot: Slot, unit: int, attempt: str, care: UnitCare | None = None) -> None:
         """Send a unit to an actor."""
-        self._calls[slot.actor.capture.remote(unit, attempt)] = slot, unit
+        self._note_call(slot, self._cluster.capture(slot.actor, unit, attempt, care), unit)
+
+    def take_back(self, slot: Slot) -> list[int]:
+        """Units that an actor has been sent and has not begun, as far as one can tell from here: it will not."""
+        later = list(slot.calls)[1:]
+        for call in later:
+            self._cluster.forget(call, cancel=True)
+            del self._slot_of[call]
+        return [unit for unit in (slot.calls.pop(call) for call in later) if unit is not None]
 
     def wait(self, timeout: float) -> Iterator[EndedCall]:
         """Calls that have ended, oldest first; none of an actor that was given up while they were handled."""
-        if not self._calls:
-            time.sleep(timeout)  # every actor rests
-            return
-        ray.wait(list(self._calls), num_returns=1, timeout=timeout)
-        ended, _ = ray.wait(list(self._calls), num_returns=len(self._calls), timeout=0)
-        is_ended = set(ended)
-        for task in [task for task in self._calls if task in is_ended]:
-            if task in self._calls:
-                slot, unit = self._calls.pop(task)
-                slot.is_loading = slot.is_loading and unit is not None
-                yield EndedCall(slot=slot, unit=unit, task=task)
+        for call in self._cluster.wait(timeout):
+            slot = self._slot_of.pop(call, None)
+            if slot is not None:
+                unit = slot.calls.pop(call)
+                slot.busy_since = time.monotonic()
+                yield EndedCall(slot=slot, unit=unit, fetch=partial(self._cluster.fetch, call))
 
     def set_back(self, slot: Slot, rest_seconds: float) -> None:
-        """An actor has lost what it was doing, and has to load again after a rest."""
-        self._calls = {task: call for task, call in self._calls.items() if call[0] is not slot}
-        slot.loaded, slot.is_loading = None, False
-        slot.rest(rest_seconds)
+        """An actor is lost, or to be given up: another will take its place after a rest."""
+        self._end(slot)
+        slot.rests_until = time.monotonic() + rest_seconds
+        self._unloaded[slot.number] = slot
 
     def restart(self, slot: Slot) -> None:
-        """End an actor's process; Ray starts another, which rests longer each time that nothing went well between."""
+        """Replace an actor by another, after a rest that is longer each time that nothing went well between."""
         slot.restarts_in_a_row += 1
         self.set_back(slot, min(_LONGEST_REST_SECONDS, 2.0 ** min(slot.restarts_in_a_row, 10)))
-        ray.kill(slot.actor, no_restart=False)
 
     def release(self, slot: Slot) -> None:
         """Let an actor go, and its machine with it."""
-        self.slots = [other for other in self.slots if other is not slot]
-        self.set_back(slot, 0.0)
-        with contextlib.suppress(RayError, OSError, RuntimeError, ValueError):
-            ray.kill(slot.actor)
+        self._end(slot)
+        self._unloaded.pop(slot.number, None)
+        del self.slots[slot.number]
 
     def close(self) -> None:
         """Let all actors go, whatever state they or the cluster are in."""
-        for slot in list(self.slots):
+        for slot in list(self.slots.values()):
             self.release(slot)
+
+    def _note_call(self, slot: Slot, call: int, unit: int | None) -> None:
+        if not slot.calls:
+            slot.busy_since = time.monotonic()
+        slot.calls[call] = unit
+        self._slot_of[call] = slot
+
+    def _end(self, slot: Slot) -> None:
+        for call in slot.calls:
+            self._cluster.forget(call)
+            del self._slot_of[call]
+        slot.calls.clear()
+        slot.loaded = None
+        self._ready.discard(slot.number)
+        if slot.actor is not None:
+            self._cluster.end(slot.actor)
+            slot.actor = None

@@ -1,11 +1,11 @@
 """The decisions of a capture: which unit an actor gets next, and whom a failure is held against.
 
-Nothing here knows Ray, storage or the clock; the driver tells what happened and does what is decided. Actors are
-numbers that stay the same when an actor is restarted.
+Nothing here knows Ray, storage or the clock. Actors are numbers, which stay the same when an actor is restarted.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -70,11 +70,12 @@ class _Trouble:
     outside_failures: int = 0
     outside_in_a_row: int = 0
     successes_at_outside_failure: int = -1
-    waits_until: float = 0.0
 
 
 class UnitQueue:
     """Units still to do, who has them, and what has gone wrong with each.
+
+    Whatever happens to a unit costs the same among thousands of actors and a million units as it does among ten.
 
     Args:
         units: to be captured, in this order.
@@ -83,8 +84,11 @@ class UnitQueue:
 
     def __init__(self, units: Iterable[int], limits: QueueLimits) -> None:
         self._pending = deque(units)
+        self._waiting: list[tuple[float, int]] = []  # heap of (until when, unit)
         self._limits = limits
         self._actors: dict[int, _Actor] = {}
+        self._busy: dict[int, _Actor] = {}  # who has units in flight
+        self._num_ready = 0
         self._troubles: dict[int, _Trouble] = {}
         self._successes = 0
         self._has_captured = False
@@ -96,27 +100,61 @@ class UnitQueue:
 
     @property
     def num_pending(self) -> int:
-        return len(self._pending)
+        """Units that nobody has, those that wait included."""
+        return len(self._pending) + len(self._waiting)
+
+    @property
+    def num_in_flight(self) -> int:
+        return sum(len(actor.in_flight) for actor in self._busy.values())
+
+    @property
+    def num_useful(self) -> int:
+        """The most actors that can be of use: those at work, and one for each pending unit."""
+        return self.num_pending + len(self._busy)
+
+    @property
+    def wants_reserve(self) -> bool:
+        """Whether a unit is with an actor that has captured nothing since it was loaded."""
+        return not all(actor.is_proven for actor in self._busy.values())
 
     @property
     def has_units(self) -> bool:
         """Whether anything is pending or in flight."""
-        return bool(self._pending) or any(actor.in_flight for actor in self._actors.values())
+        return bool(self._pending or self._waiting or self._busy)
 
     def list_in_flight(self) -> list[int]:
         """Units that are with an actor, in no order."""
-        return [unit for actor in self._actors.values() for unit in actor.in_flight]
+        return [unit for actor in self._busy.values() for unit in actor.in_flight]
+
+    def has_due(self, now: float) -> bool:
+        """Whether there is a unit that somebody may take now."""
+        return bool(self._pending) or bool(self._waiting and self._waiting[0][0] <= now)
 
     def admit(self, actor: int) -> None:
         """An actor has loaded the teacher and takes units."""
-        self._actor(actor).is_ready = True
+        record = self._actor(actor)
+        self._num_ready += not record.is_ready
+        record.is_ready = True
+
+    def retire(self, actor: int) -> None:
+        """An actor takes no more units; what it has it keeps until it ends or gives it back."""
+        record = self._actor(actor)
+        self._num_ready -= record.is_ready
+        record.is_ready = False
+
+    def hand_back(self, actor: int, unit: int) -> None:
+        """A unit that an actor has not ended goes to others first, for free."""
+        self._end(actor, unit)
+        self._pending.appendleft(unit)
 
     def remove(self, actor: int) -> None:
         """An actor takes no more units, at least until it is admitted again; what it had goes back, for free."""
+        self.retire(actor)
         record = self._actor(actor)
         self._pending.extendleft(reversed(record.in_flight))
         record.in_flight.clear()
-        record.is_ready = record.is_proven = False
+        self._busy.pop(actor, None)
+        record.is_proven = False
         record.period += 1
         record.failures_in_a_row = 0
 
@@ -129,11 +167,15 @@ class UnitQueue:
         record = self._actor(actor)
         if not record.is_ready or len(record.in_flight) >= ahead:
             return None
+        while self._waiting and self._waiting[0][0] <= now:
+            # Before the others: while these are done, they can still show that the storage is well.
+            self._pending.appendleft(heapq.heappop(self._waiting)[1])
         for index, unit in enumerate(self._pending):
             trouble = self._troubles.get(unit)
-            if trouble is None or (trouble.waits_until <= now and not self._is_for_others(actor, trouble)):
+            if trouble is None or not self._is_for_others(actor, trouble):
                 del self._pending[index]
                 record.in_flight.append(unit)
+                self._busy[actor] = record
                 return unit
         return None
 
@@ -142,17 +184,15 @@ class UnitQueue:
 
         Of the idle ones the best stays while a unit is with an actor that has captured nothing since it was loaded.
         """
-        busy = [actor for actor in self._actors.values() if actor.in_flight]
-        if self._pending or not busy:
+        if self._pending or self._waiting or not self._busy:
             return []
         idle = [number for number in actors if not self._actor(number).in_flight]
         idle.sort(key=lambda number: (self._actor(number).is_proven, self._actor(number).is_ready))
-        return idle if all(actor.is_proven for actor in busy) else idle[:-1]
+        return idle[:-1] if self.wants_reserve else idle
 
     def succeed(self, actor: int, unit: int, *, was_captured: bool) -> None:
         """A unit is committed: captured by this actor, or found committed by somebody else."""
-        record = self._actor(actor)
-        record.in_flight.remove(unit)
+        record = self._end(actor, unit)
         self._troubles.pop(unit, None)
         self._successes += 1
         self._outside_since = None
@@ -165,8 +205,7 @@ class UnitQueue:
 
     def fail(self, actor: int, unit: int) -> Verdict:
         """The actor lives and says that it cannot capture the unit."""
-        record, trouble = self._actor(actor), self._trouble(unit)
-        record.in_flight.remove(unit)
+        record, trouble = self._end(actor, unit), self._trouble(unit)
         record.failures_in_a_row += 1
         trouble.failed_on.add(actor)
         trouble.failed_in.add((actor, record.period))
@@ -189,9 +228,9 @@ class UnitQueue:
     def fail_outside(self, actor: int, unit: int, *, now: float) -> Verdict:
         """Storage or network failed under the unit: it waits, longer each time, and is tried again."""
         trouble = self._trouble(unit)
-        self._actor(actor).in_flight.remove(unit)
+        self._end(actor, unit)
         trouble.failed_on.add(actor)
-        trouble.waits_until = now + min(_LONGEST_WAIT_SECONDS, 2.0 ** min(trouble.outside_in_a_row, 10))
+        waits_until = now + min(_LONGEST_WAIT_SECONDS, 2.0 ** min(trouble.outside_in_a_row, 10))
         trouble.outside_in_a_row += 1
         # With nothing else going well it says something about the storage and nothing about the unit.
         if self._successes > trouble.successes_at_outside_failure:
@@ -202,7 +241,7 @@ class UnitQueue:
         self._outside_actors.add(actor)
         is_too_often = trouble.outside_failures >= self._limits.outside_tries
         if not is_too_often:
-            self._pending.appendleft(unit)  # tried while others can still show that the storage is well
+            heapq.heappush(self._waiting, (waits_until, unit))
         return Verdict(
             unit=unit,
             attempts=trouble.outside_failures,
@@ -213,20 +252,36 @@ class UnitQueue:
             and not self._works_elsewhere(self._outside_actors),
         )
 
-    def lose(self, actor: int) -> Verdict:
-        """The actor is gone. An actor runs its units in order, so only the oldest it had can be the cause."""
+    def lose(self, actor: int, *, is_excused: bool = False) -> Verdict:
+        """The actor is gone. An actor runs its units in order, so only the oldest it had can be the cause.
+
+        Where the loss `is_excused`, because the actor's machine was to be taken away, it is held against no unit.
+        """
         running = next(iter(self._actor(actor).in_flight), None)
-        if running is None:
+        if running is None or is_excused:
             self.remove(actor)
-            return Verdict(unit=None)
+            return Verdict(unit=running)
         trouble = self._trouble(running)
         trouble.losses += 1
         trouble.failed_on.add(actor)
         is_too_often = trouble.losses >= self._limits.losses
         if is_too_often:
-            self._actor(actor).in_flight.popleft()
+            self._end(actor, running)
         self.remove(actor)
         return Verdict(unit=running, attempts=trouble.losses, set_aside=is_too_often)
+
+    def forget(self, actor: int) -> None:
+        """An actor has gone for good; what it had goes back."""
+        self.remove(actor)
+        del self._actors[actor]
+
+    def _end(self, actor: int, unit: int) -> _Actor:
+        """A unit is not with its actor any more."""
+        record = self._actor(actor)
+        record.in_flight.remove(unit)
+        if not record.in_flight:
+            self._busy.pop(actor, None)
+        return record
 
     def _actor(self, actor: int) -> _Actor:
         return self._actors.setdefault(actor, _Actor())
@@ -235,10 +290,11 @@ class UnitQueue:
         return self._troubles.setdefault(unit, _Trouble())
 
     def _is_for_others(self, actor: int, trouble: _Trouble) -> bool:
-        return actor in trouble.failed_on and any(
-            record.is_ready for number, record in self._actors.items() if number not in trouble.failed_on
-        )
+        if actor not in trouble.failed_on:
+            return False
+        ready = sum(self._actors[number].is_ready for number in trouble.failed_on if number in self._actors)
+        return self._num_ready > ready
 
     def _works_elsewhere(self, troubled: set[int]) -> bool:
         """Whether somebody who had no such trouble yet is at work, and may still show that all is well."""
-        return any(record.in_flight for number, record in self._actors.items() if number not in troubled)
+        return any(number not in troubled for number in self._busy)

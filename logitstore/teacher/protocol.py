@@ -34,7 +34,10 @@ class VllmSettings(Settings):
     """What the vLLM engine alone can be told; what it has in common with others stands in `TeacherSettings`.
 
     Attributes:
-        tensor_parallel_size: GPUs of one machine that the model is split over; an actor asks for as many.
+        tensor_parallel_size: GPUs that each layer is split over.
+        pipeline_parallel_size: groups of so many GPUs, each with some of the layers; a teacher takes the product of
+            both, and an actor asks for as many.
+        across_machines: the GPUs may be of several machines; else they are those of one.
         gpu_memory_utilization: part of a GPU's memory that weights, logits and the cache of keys and values may fill.
         kv_cache_bytes: cache of keys and values, instead of what is left of that; on a CPU 1 GiB where it is None. For
             a capture of answers each of the two engines has one.
@@ -43,6 +46,8 @@ class VllmSettings(Settings):
     """
 
     tensor_parallel_size: int = Field(default=1, ge=1)
+    pipeline_parallel_size: int = Field(default=1, ge=1)
+    across_machines: bool = False
     gpu_memory_utilization: float = Field(default=0.9, gt=0.0, le=1.0)
     kv_cache_bytes: int | None = Field(default=None, ge=1)
     generation_memory_share: float = Field(default=0.5, gt=0.0, lt=1.0)
@@ -93,7 +98,7 @@ class TeacherSettings(Settings):
     @property
     def num_gpus(self) -> int:
         """GPUs that one such teacher runs on, where there are any."""
-        return self.vllm.tensor_parallel_size if self.vllm is not None else 1
+        return self.vllm.tensor_parallel_size * self.vllm.pipeline_parallel_size if self.vllm is not None else 1
 
 
 class _Method(Settings):

@@ -163,8 +163,8 @@ def _start(
         enable_prefix_caching=enable_prefix_caching,
         enforce_eager=enforce_eager,
         tensor_parallel_size=own.tensor_parallel_size,
-        # On one machine, also inside a Ray actor, where vLLM would ask Ray for more.
-        distributed_executor_backend="mp" if own.tensor_parallel_size > 1 else None,
+        pipeline_parallel_size=own.pipeline_parallel_size,
+        distributed_executor_backend=_choose_backend(settings),
         gpu_memory_utilization=own.gpu_memory_utilization * memory_share,
         kv_cache_memory_bytes=own.kv_cache_bytes or (_CPU_CACHE_BYTES if current_platform.is_cpu() else None),
         disable_log_stats=True,
@@ -179,6 +179,17 @@ def _start(
 
 
 _TASKS = {"pooling": "score", "generate": "write answers"}
+
+
+def _choose_backend(settings: TeacherSettings) -> Literal["mp", "ray"] | None:
+    """Who starts the processes of an engine that has several GPUs.
+
+    On one machine vLLM itself, also inside a Ray actor, where it would ask Ray for more than the actor has. Across
+    machines Ray, within the placement group that the actor is in.
+    """
+    if settings.num_gpus == 1:
+        return None
+    return "ray" if settings.vllm is not None and settings.vllm.across_machines else "mp"
 
 
 def _check_device(settings: TeacherSettings) -> None:

@@ -48,6 +48,6 @@ def test_actor_counts_what_it_committed_and_nothing_else(
         dead_letters=0,
         seconds=0.1,
     )
-    actor._capture = SimpleNamespace(capture=lambda unit, attempt: receipt)
+    actor._capture = SimpleNamespace(capture=lambda unit, attempt, care: receipt)
     assert actor.capture(0, "attempt") == receipt
     assert totals == expected

@@ -5,9 +5,14 @@ from __future__ import annotations
 import pytest
 
 from cluster.connection import PRIVATE_CLUSTER
-from cluster.placement import ActorDemand, build_demand, check_placeable, count_actors, describe_nodes
+from cluster.placement import ActorDemand, Machine, build_demand, check_placeable, count_actors, describe_machines
 from cluster.settings import ActorSettings
 from logitstore.errors import ConfigError
+
+
+def build_machines(*nodes: dict[str, float]) -> list[Machine]:
+    return [Machine(node_id=f"n{i}", resources=node) for i, node in enumerate(nodes)]
+
 
 LAPTOP = {"CPU": 2.0, PRIVATE_CLUSTER: 1.0}
 GPU_NODE = {"CPU": 16.0, "GPU": 4.0}
@@ -36,17 +41,19 @@ def test_actors_of_a_cluster_are_as_set_or_as_many_as_fit(
 @pytest.mark.parametrize("demand", [ActorDemand(cpus=4, gpus=0), ActorDemand(cpus=1, gpus=1)])
 def test_demand_that_this_machine_cannot_meet_is_refused_with_both_sides(demand: ActorDemand) -> None:
     with pytest.raises(ConfigError, match=rf"a machine with {demand}, .*, found 1 × \(2 CPUs, 0 GPUs\)"):
-        check_placeable(demand, [LAPTOP])
+        check_placeable(demand, build_machines(LAPTOP))
 
 
 def test_demand_that_fits_or_that_a_growing_cluster_may_meet_is_accepted() -> None:
-    check_placeable(ActorDemand(cpus=2, gpus=0), [LAPTOP])
-    check_placeable(ActorDemand(cpus=64, gpus=8), [GPU_NODE])
+    check_placeable(ActorDemand(cpus=2, gpus=0), build_machines(LAPTOP))
+    check_placeable(ActorDemand(cpus=64, gpus=8), build_machines(GPU_NODE))
 
 
 def test_nodes_are_described_by_kind() -> None:
-    assert describe_nodes([GPU_NODE, LAPTOP, GPU_NODE]) == "2 × (16 CPUs, 4 GPUs) + 1 × (2 CPUs, 0 GPUs)"
-    assert describe_nodes([]) == "no machine"
+    assert (
+        describe_machines(build_machines(GPU_NODE, LAPTOP, GPU_NODE)) == "2 × (16 CPUs, 4 GPUs) + 1 × (2 CPUs, 0 GPUs)"
+    )
+    assert describe_machines([]) == "no machine"
 
 
 def test_teacher_split_over_two_gpus_takes_two_of_each_machine() -> None:

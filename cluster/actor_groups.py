@@ -1,0 +1,91 @@
+"""How many actors there should be: groups of actors that are alike, on machines that come and go.
+
+The rules, for each group: with a `count`, so many are asked for at once, and those that find no machine wait, which a
+cluster that can grow takes for demand. Without one there are as many as the machines have room for, and at least one; a
+machine that joins brings its own. What was once reached stays asked for while machines come and go, since the next one
+may take the place of the last. There are never more actors than units, and none comes back that could not load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cluster.placement import ActorDemand, Machine, build_teacher_demand, count_rooms
+from cluster.settings import ClusterCaptureSettings
+
+
+@dataclass(kw_only=True, eq=False)
+class ActorGroup:
+    """Actors that are alike.
+
+    Attributes:
+        number: of the group.
+        settings: of the capture, with the teacher as these actors run it.
+        demand: what each asks for.
+        count, most: as of `ActorGroupSettings`.
+        reached: the most actors that machines had room for.
+        dropped: actors that could not load, and are not replaced.
+        unit_seconds: that a unit takes one of them, of late; None before the first.
+    """
+
+    number: int
+    settings: ClusterCaptureSettings
+    demand: ActorDemand
+    count: int | None = None
+    most: int | None = None
+    reached: int = 0
+    dropped: int = 0
+    unit_seconds: float | None = None
+
+    @property
+    def wanted(self) -> int:
+        """Actors there should be, whatever is left to do."""
+        bounded = self.count if self.count is not None else min(self.reached, self.most or self.reached)
+        return max(0, bounded - self.dropped)
+
+
+def build_groups(settings: ClusterCaptureSettings, machines: Sequence[Machine]) -> list[ActorGroup]:
+    """The groups of a capture's settings.
+
+    Raises:
+        ConfigError: what a group asks for cannot be.
+    """
+    groups = []
+    for number, own in enumerate(settings.actors.list_groups()):
+        teacher = settings.build_teacher(own)
+        groups.append(
+            ActorGroup(
+                number=number,
+                settings=settings.model_copy(update={"teacher": teacher}),
+                demand=build_teacher_demand(own, machines, teacher),
+                count=own.count,
+                most=own.max,
+            )
+        )
+    return groups
+
+
+def find_room(groups: Sequence[ActorGroup], machines: Sequence[Machine]) -> None:
+    """Take note of machines that have joined: groups without a count may grow."""
+    rooms = count_rooms([group.demand for group in groups], [group.count or group.most for group in groups], machines)
+    for group, room in zip(groups, rooms, strict=True):
+        group.reached = max(group.reached, room)
+    if not any(group.wanted + group.dropped for group in groups):
+        groups[0].reached = 1  # there is no machine yet: one actor that waits tells the cluster what for
+
+
+def plan_counts(groups: Sequence[ActorGroup], most: int | None) -> list[int]:
+    """How many actors of each group there should be now, earlier groups first.
+
+    Args:
+        groups: of the capture.
+        most: of all actors together, since there are no more units; None while nobody knows.
+    """
+    counts = []
+    left = most
+    for group in groups:
+        count = group.wanted if left is None else min(group.wanted, left)
+        left = None if left is None else left - count
+        counts.append(count)
+    return counts

@@ -1,0 +1,265 @@
+"""The loop of a capture: units to actors, receipts back, while machines come and go."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+
+from ray.exceptions import RayError
+
+from cluster.actor import LoadedTeacher
+from cluster.actor_groups import build_groups, find_room, plan_counts
+from cluster.capture_watch import CaptureWatch
+from cluster.draining import should_hand_back
+from cluster.failures import RAISED, read_failure
+from cluster.figures import CaptureFigures
+from cluster.placement import check_placeable, describe_machines, is_private
+from cluster.pool import ActorPool, EndedCall, Slot
+from cluster.ray_cluster import Cluster
+from cluster.settings import ClusterCaptureSettings
+from cluster.unit_ends import UnitEnds
+from cluster.unit_queue import QueueLimits, UnitQueue
+from logitstore.errors import IncompatibleStoreError, LogitStoreError, OutsideError
+from logitstore.store.commit import build_attempt
+from logitstore.store.files import StoreFiles
+
+_LOG = logging.getLogger("logitstore.capture")
+_LOAD_TRIES = 4
+_WAIT_SECONDS = 1.0
+_REST_SECONDS = 1.0
+_SECONDS_BETWEEN_WARNINGS = 30.0
+# A machine has 30 seconds from the shortest notice that a cloud gives.
+_SECONDS_BETWEEN_LOOKS = 2.0
+_LOOKS_PER_MACHINES = 5
+
+
+class CaptureLoop:
+    """Captures units on a cluster; knows the store only as the place where a unit is set aside.
+
+    Args:
+        settings: of the capture.
+        cluster: where actors are started.
+        files: the store.
+        figures, watch: of the capture.
+    Raises:
+        ConfigError: no machine has what an actor asks for, and none can join.
+    """
+
+    def __init__(
+        self,
+        settings: ClusterCaptureSettings,
+        cluster: Cluster,
+        files: StoreFiles,
+        figures: CaptureFigures,
+        watch: CaptureWatch,
+    ) -> None:
+        self._settings, self._cluster, self._files = settings, cluster, files
+        self._figures, self._watch = figures, watch
+        machines = cluster.read_machines()
+        self._is_private = is_private(machines)
+        self._groups = build_groups(settings, machines)
+        for group in self._groups:
+            check_placeable(group.demand, machines)
+        find_room(self._groups, machines)
+        self._pool = ActorPool(cluster)
+        self._first: LoadedTeacher | None = None
+        self._hungry: dict[int, Slot] = {}  # who may be sent a unit
+        self._num_looks = 0
+        self._next_look = 0.0
+        self._next_warning = time.monotonic() + _SECONDS_BETWEEN_WARNINGS
+        self.fill(None)
+
+    @property
+    def has_units(self) -> bool:
+        return self._queue.has_units
+
+    def load_first(self) -> LoadedTeacher:
+        """Let every actor load; the first teacher that is there says who it is."""
+        while self._first is None:
+            self.step()
+        return self._first
+
+    def fill(self, units: Sequence[int] | None, *, retried: frozenset[int] = frozenset()) -> None:
+        """These are to be captured: call once, when it is known.
+
+        Args:
+            units: in order; None while nobody knows.
+            retried: those that an earlier run set aside.
+        """
+        tries = self._settings.actors.tries
+        self._num_units_is_known = units is not None
+        self._queue = UnitQueue(units or (), QueueLimits(tries=tries))
+        self._ends = UnitEnds(
+            self._files, self._queue, self._pool, self._figures, self._watch, tries=tries, retried=retried
+        )
+        for slot in self._pool.slots.values():
+            if slot.is_ready and not slot.is_retired:
+                self._queue.admit(slot.number)
+        self._next_look = 0.0
+
+    def close(self) -> None:
+        """Let all actors go."""
+        self._pool.close()
+        self.show_figures()
+
+    def step(self) -> None:
+        """Give every rested actor work, loading first, then units; take in whatever has ended."""
+        now = time.monotonic()
+        if now >= self._next_look:
+            self._look(now)
+        self._pool.load_rested(now)
+        self._feed(now)
+        for number in self._queue.find_spare(self._pool.slots):
+            self._let_go(self._pool.slots[number])
+        for call in self._pool.wait(_WAIT_SECONDS):
+            if call.unit is None:
+                self._end_load(call)
+            else:
+                self._ends.end(call, call.unit)
+            self._note_hunger(call.slot)
+        self._warn_if_nobody_is_ready()
+        if self._watch.is_due:
+            self.show_figures()
+
+    def show_figures(self) -> None:
+        """Bring what is watched up to date."""
+        figures = self._figures
+        figures.actors_ready, figures.actors_wanted = self._pool.num_ready, len(self._pool.slots)
+        figures.units_in_flight = self._queue.num_in_flight
+        self._watch.update(self._queue.list_in_flight)
+
+    def _feed(self, now: float) -> None:
+        """Send units to whoever has fewer than it may; near the end one to each, so that nobody is left to wait."""
+        limit = self._settings.actors.units_in_flight
+        is_near_end = self._queue.num_pending <= self._pool.num_ready
+        for slot in list(self._hungry.values()):
+            if is_near_end and slot.calls:
+                continue
+            if not self._queue.has_due(now):
+                return
+            ahead = 1 if is_near_end else limit
+            while (unit := self._queue.take(slot.number, now=now, ahead=ahead)) is not None:
+                self._pool.capture(slot, unit, build_attempt(), self._ends.find_care(unit))
+            if len(slot.calls) >= limit:
+                del self._hungry[slot.number]
+
+    def _note_hunger(self, slot: Slot) -> None:
+        """After a call has ended: whether the actor takes more, or goes because its machine does."""
+        if slot.is_retired and not slot.calls and slot.number in self._pool.slots:
+            self._let_go(slot)
+        elif slot.is_ready and not slot.is_retired:
+            self._hungry[slot.number] = slot
+        else:
+            self._hungry.pop(slot.number, None)
+
+    def _let_go(self, slot: Slot) -> None:
+        self._hungry.pop(slot.number, None)
+        self._queue.forget(slot.number)
+        self._pool.release(slot)
+
+    def _look(self, now: float) -> None:
+        """Look at the cluster: what is to be taken away, what has joined, and how many actors there should be."""
+        self._next_look = now + _SECONDS_BETWEEN_LOOKS
+        if not self._is_private:
+            draining = self._cluster.read_draining()
+            for slot in list(self._pool.slots.values()) if draining else ():
+                nodes = slot.loaded.node_ids if slot.loaded is not None else ()
+                if any(node in draining for node in nodes):
+                    left = [seconds for node in nodes if (seconds := draining.get(node)) is not None]
+                    self._drain(slot, min(left, default=None), now)
+            if self._num_looks % _LOOKS_PER_MACHINES == 0:
+                machines = self._cluster.read_machines()
+                find_room(self._groups, [machine for machine in machines if machine.node_id not in draining])
+        self._num_looks += 1
+        self._start_and_release()
+
+    def _drain(self, slot: Slot, seconds_left: float | None, now: float) -> None:
+        """An actor's machine will be taken away: see `draining.py`."""
+        if not slot.is_retired:
+            slot.is_retired = True
+            self._hungry.pop(slot.number, None)
+            self._queue.retire(slot.number)
+            for unit in reversed(self._pool.take_back(slot)):
+                self._queue.hand_back(slot.number, unit)
+            when = "" if seconds_left is None else f" in {seconds_left:.0f} s"
+            _LOG.warning("%s will be taken away%s: its actor is sent no more units", slot.host, when)
+        running = now - slot.busy_since
+        typical = slot.group.unit_seconds
+        if not slot.calls:
+            self._let_go(slot)
+        elif should_hand_back(seconds_left=seconds_left, running_seconds=running, typical_seconds=typical):
+            _LOG.warning("%s will be taken away too soon for the unit that it is at: it goes back", slot.host)
+            self._let_go(slot)
+
+    def _start_and_release(self) -> None:
+        """Bring the number of actors to what it should be; of those that are ready none goes for that."""
+        useful = self._queue.num_useful if self._num_units_is_known else None
+        kept = None if useful is None else useful + self._queue.wants_reserve
+        slots = [slot for slot in self._pool.slots.values() if not slot.is_retired]
+        plans = zip(self._groups, plan_counts(self._groups, useful), plan_counts(self._groups, kept), strict=True)
+        for group, count, most in plans:
+            own = [slot for slot in slots if slot.group is group]
+            for _ in range(count - len(own)):
+                self._pool.add(group)
+            for slot in [slot for slot in reversed(own) if not slot.is_ready][: max(0, len(own) - most)]:
+                self._let_go(slot)
+
+    def _warn_if_nobody_is_ready(self) -> None:
+        now = time.monotonic()
+        if self._pool.num_ready:
+            self._next_warning = now + _SECONDS_BETWEEN_WARNINGS
+        elif now >= self._next_warning:
+            self._next_warning = now + _SECONDS_BETWEEN_WARNINGS
+            free = self._cluster.read_free()
+            _LOG.warning(
+                "no actor is ready yet; each asks for %s, the cluster has %s, of which %g CPUs, %g GPUs are free",
+                " or ".join(str(group.demand) for group in self._groups),
+                describe_machines(self._cluster.read_machines()),
+                free.get("CPU", 0.0),
+                free.get("GPU", 0.0),
+            )
+
+    def _end_load(self, call: EndedCall) -> None:
+        slot = call.slot
+        try:
+            loaded: LoadedTeacher = call.fetch()
+        except RAISED as error:
+            failure = read_failure(error)
+            _LOG.debug("load failed on %s:\n%s", failure.host, failure.traceback)
+            self._drop(slot, failure.build_load_error(self._settings.teacher.model))
+        except RayError as error:
+            self._figures.actor_losses += 1
+            self._pool.set_back(slot, _REST_SECONDS)
+            slot.load_losses += not getattr(error, "preempted", False)
+            if slot.load_losses >= _LOAD_TRIES:
+                text = (
+                    f"a capture actor died {slot.load_losses} times while it loaded the teacher, last with {error}; "
+                    "look for lack of memory on its machine"
+                )
+                self._drop(slot, OutsideError(text))
+        else:
+            self._admit(slot, loaded)
+
+    def _admit(self, slot: Slot, loaded: LoadedTeacher) -> None:
+        """Two machines with two teachers end the capture: which one is right, only a person knows."""
+        if self._first is None:
+            self._first = loaded
+        writes_answers = self._settings.generate is not None
+        differences = self._first.identity.differences(loaded.identity, writes_answers=writes_answers)
+        if differences:
+            raise IncompatibleStoreError(
+                f"the actors on {self._first.host} and {loaded.host} loaded different teachers; give every "
+                "machine the same files:\n  " + "\n  ".join(differences)
+            )
+        self._pool.admit(slot, loaded)
+        self._queue.admit(slot.number)
+
+    def _drop(self, slot: Slot, error: LogitStoreError) -> None:
+        """An actor cannot load: go on without it, unless it is the only one or nobody has loaded yet."""
+        slot.group.dropped += 1
+        self._let_go(slot)
+        is_alone = self._first is None and not isinstance(error, OutsideError)
+        if is_alone or not self._pool.slots:
+            raise error
+        _LOG.error("an actor is dropped, %d are left: %s", len(self._pool.slots), error)
