@@ -11,7 +11,8 @@ from cluster.settings import ClusterCaptureSettings
 from logitstore.settings import Settings
 from logitstore.store.files import StoreFiles
 from tools.look import build_facts, format_bytes, format_count, format_seconds
-from tools.store_status import StoreStatus, read_status, render_status
+from tools.status_view import render_status
+from tools.store_status import StoreStatus, read_status
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -23,7 +23,7 @@ from tools.look import (
     format_share,
 )
 from tools.opened_store import OpenedStore, describe_manifest, open_store
-from tools.store_status import describe_documents
+from tools.status_view import describe_documents
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
