@@ -22,6 +22,8 @@ from logitstore.store.manifest import write_manifest
 from logitstore.store.plan import create_plan
 from logitstore.teacher.protocol import Method
 from logitstore.teacher.tokenizer import TeacherTokenizer
+from trainer.vocabularies.settings import OtherTokenizerSettings
+from trainer.vocabularies.student_reader import StudentReader
 
 END = "<|endoftext|>"
 DOCUMENTS = (
@@ -149,3 +151,7 @@ def fill_text_store(
         commit_unit(files, put_shard(files, plan, unit, records, build_attempt(), folder))
     write_manifest(files, plan.compute_fingerprint())
     return LogitStore.open(files.url)
+
+
+def build_reader(store: LogitStore, method: str, tokenizer: str | None = None) -> StudentReader:
+    return StudentReader(OtherTokenizerSettings(method=method, tokenizer=tokenizer), [store], student_model=None)

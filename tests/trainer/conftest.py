@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from taught_stores import CONFIG, build_model, build_taught_records, fill_store
 from transformers import PreTrainedModel
+from vocabularies import build_byte_level, build_sentence_piece, fill_text_store
 
 from logitstore.records import Record
 from logitstore.settings import build_settings
@@ -62,3 +63,17 @@ def make_settings_in(taught_store: LogitStore) -> Callable[..., TrainSettings]:
 def make_settings(make_settings_in: Callable[..., TrainSettings], tmp_path: Path) -> Callable[..., TrainSettings]:
     """The same in a folder of the test's own, unless another `output` is among the changes."""
     return lambda **changes: make_settings_in(**{"output": tmp_path / "run", **changes})
+
+
+@pytest.fixture(scope="session")
+def text_store(tmp_path_factory: pytest.TempPathFactory) -> LogitStore:
+    """Of text that both a teacher of 320 byte-level tokens and students with other tokenizers read."""
+    return fill_text_store(tmp_path_factory.mktemp("text"), build_byte_level(320))
+
+
+@pytest.fixture(scope="session")
+def other_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a student's tokenizer, which is not the teacher's of `text_store`."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    build_sentence_piece(330).tokenizer.save_pretrained(folder)
+    return str(folder)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from checkout import ROOT
 from taught_stores import CONFIG, build_model
 from training_runs import read_lines, read_weights, train_until
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from vocabularies import build_byte_level, build_sentence_piece, fill_text_store
+from vocabularies import build_byte_level, build_reader, fill_text_store
 
 from logitstore.errors import ConfigError, IncompatibleStoreError
 from logitstore.settings import build_settings
@@ -25,13 +24,9 @@ from trainer.config import EvaluateSettings, TrainSettings
 from trainer.distributed import Processes
 from trainer.evaluate import evaluate_student
 from trainer.loop import train
-from trainer.loss.settings import LossSettings
 from trainer.run import prepare_run
 from trainer.sweep.plan import describe_collation
-from trainer.vocabularies.batch import TranslatedBatch
 from trainer.vocabularies.settings import OtherTokenizerSettings
-from trainer.vocabularies.student_reader import StudentReader
-from trainer.vocabularies.taught_student import TranslatedStudent, compute_translated_loss, sum_spans
 
 PAGE = (ROOT / "docs/other-tokenizers.md").read_text(encoding="utf-8")
 TEACHER = build_byte_level(320)
@@ -39,26 +34,13 @@ ALONE = Processes(rank=0, world_size=1, device=torch.device("cpu"))
 METHODS = ("spans", "sorted_probabilities")
 
 
-@pytest.fixture(scope="module")
-def text_store(tmp_path_factory: pytest.TempPathFactory) -> LogitStore:
-    return fill_text_store(tmp_path_factory.mktemp("text"), TEACHER)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Folder of the student's."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    build_sentence_piece(330).tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture
-def make(text_store: LogitStore, tokenizer: str, tmp_path: Path) -> Callable[..., TrainSettings]:
+def make(text_store: LogitStore, other_tokenizer: str, tmp_path: Path) -> Callable[..., TrainSettings]:
     def make_settings(**changes: object) -> TrainSettings:
         values: dict[str, object] = {
             "store": text_store.url,
             "student": {"config": {**CONFIG, "max_position_embeddings": 48}},
-            "other_tokenizer": {"method": "spans", "tokenizer": tokenizer},
+            "other_tokenizer": {"method": "spans", "tokenizer": other_tokenizer},
             "loss": {"weight": 0.5},
             "global_batch_sequences": 4,
             "micro_batch_sequences": 2,
@@ -74,20 +56,12 @@ def make(text_store: LogitStore, tokenizer: str, tmp_path: Path) -> Callable[...
     return make_settings
 
 
-def read_batch(reader: StudentReader, store: LogitStore) -> TranslatedBatch:
-    return reader.collate(store.read_row_group(0, with_documents=True))
-
-
-def build_reader(store: LogitStore, method: str, tokenizer: str | None = None) -> StudentReader:
-    return StudentReader(OtherTokenizerSettings(method=method, tokenizer=tokenizer), [store], student_model=None)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_train_with_another_tokenizer_leaves_a_student_that_reads_with_it(
-    make: Callable[..., TrainSettings], tokenizer: str, tmp_path: Path, method: str
+    make: Callable[..., TrainSettings], other_tokenizer: str, tmp_path: Path, method: str
 ) -> None:
-    settings = make(other_tokenizer={"method": method, "tokenizer": tokenizer}, steps=12)
+    settings = make(other_tokenizer={"method": method, "tokenizer": other_tokenizer}, steps=12)
     report = train(settings)
     assert report.student is not None
     assert report.evaluation is not None
@@ -105,7 +79,7 @@ def test_train_with_another_tokenizer_leaves_a_student_that_reads_with_it(
 
     student = AutoModelForCausalLM.from_pretrained(report.student)
     loaded = AutoTokenizer.from_pretrained(report.student)
-    assert loaded.get_vocab() == AutoTokenizer.from_pretrained(tokenizer).get_vocab()
+    assert loaded.get_vocab() == AutoTokenizer.from_pretrained(other_tokenizer).get_vocab()
     assert student.config.vocab_size == 330
     assert student.config.eos_token_id == loaded.eos_token_id
     values = {"store": settings.store, "student": str(report.student), "held_out": {"source": "held"}, "device": "cpu"}
@@ -145,82 +119,6 @@ def test_pretrained_student_brings_its_tokenizer(make: Callable[..., TrainSettin
     batch = next(run.feed)
     assert sum(len(part.teacher_span_logprobs) for part in batch.micro_batches) > 20  # type: ignore[attr-defined]
     run.close()
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_loss_of_micro_batches_adds_up_to_that_of_the_whole(
-    text_store: LogitStore, tokenizer: str, method: str
-) -> None:
-    reader = build_reader(text_store, method, tokenizer)
-    student = build_model(seed=3, vocab_size=reader.vocab_size, max_position_embeddings=128)
-    taught = TranslatedStudent(
-        student,
-        LossSettings(),
-        OtherTokenizerSettings(method=method),
-        vocab_size=reader.vocab_size,
-        precision="float32",
-    )
-    batch = text_store.read_row_group(0, with_documents=True)
-    whole = taught(reader.collate(batch), 0.7)
-    parts = [taught(reader.collate(batch.slice(i, i + 1)), 0.7) for i in range(len(batch))]
-    for name in ("total", "distillation", "bucket_kl", "cross_entropy"):
-        torch.testing.assert_close(
-            getattr(whole, name), sum(getattr(part, name) for part in parts), rtol=1e-4, atol=1e-3
-        )
-    assert taught.counts.spans == 2 * len(reader.collate(batch).teacher_span_logprobs)
-
-
-def test_loss_beside_cross_entropy_kind_is_that_of_the_text(text_store: LogitStore, tokenizer: str) -> None:
-    reader = build_reader(text_store, "spans", tokenizer)
-    batch = read_batch(reader, text_store)
-    student = build_model(seed=3, vocab_size=reader.vocab_size, max_position_embeddings=128)
-    losses = [
-        TranslatedStudent(
-            student,
-            LossSettings(kind=kind),
-            OtherTokenizerSettings(method="spans"),
-            vocab_size=reader.vocab_size,
-            precision="float32",
-        )(batch, weight)
-        for kind, weight in (("cross_entropy", 0.8), ("bucket_kl", 0.0))
-    ]
-    logits = student(**batch.model_inputs).logits.flatten(0, 1)
-    expected = torch.nn.functional.cross_entropy(logits, batch.next_ids.flatten(), reduction="none")
-    expected = expected[batch.loss_mask.flatten()].sum()
-    for loss in losses:
-        torch.testing.assert_close(loss.total, expected)
-        torch.testing.assert_close(loss.cross_entropy, expected.detach())
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_loss_has_the_gradient_of_finite_differences(text_store: LogitStore, tokenizer: str, method: str) -> None:
-    reader = build_reader(text_store, method, tokenizer)
-    batch = reader.collate(text_store.read_row_group(0, with_documents=True).slice(0, 1))
-    settings = OtherTokenizerSettings(method=method)
-    torch.manual_seed(0)
-    # A basis that logits move along, so that few differences are taken.
-    logits = torch.randn(*batch.input_ids.shape, reader.vocab_size, dtype=torch.float64)
-    direction = torch.randn(3, *logits.shape, dtype=torch.float64)
-
-    def compute(steps: torch.Tensor) -> torch.Tensor:
-        moved = logits + torch.einsum("k,kbtv->btv", steps, direction)
-        return compute_translated_loss(moved, batch, settings, distillation_weight=0.6).total
-
-    assert torch.autograd.gradcheck(compute, torch.zeros(3, dtype=torch.float64, requires_grad=True))
-
-
-def test_spans_that_are_as_likely_for_the_student_teach_it_nothing(text_store: LogitStore, tokenizer: str) -> None:
-    reader = build_reader(text_store, "spans", tokenizer)
-    batch = read_batch(reader, text_store)
-    logits = torch.randn(*batch.input_ids.shape, reader.vocab_size, dtype=torch.float64, requires_grad=True)
-    logprobs = logits.log_softmax(-1).gather(-1, batch.next_ids[..., None])[..., 0]
-    equal = replace(batch, teacher_span_logprobs=sum_spans(logprobs.detach(), batch))
-    settings = OtherTokenizerSettings(method="spans")
-    loss = compute_translated_loss(logits, equal, settings, distillation_weight=1.0)
-    loss.total.backward()
-    assert logits.grad is not None
-    assert abs(loss.total.item()) < 1e-10
-    assert logits.grad.abs().max() < 1e-10
 
 
 def test_evaluation_of_the_teacher_itself_finds_it_as_good_as_itself(text_store: LogitStore) -> None:
@@ -267,14 +165,14 @@ def test_settings_that_mean_nothing_beside_another_tokenizer_are_refused(
 
 
 def test_store_of_drawn_supports_teaches_spans_and_nothing_sorted(
-    make: Callable[..., TrainSettings], tokenizer: str, tmp_path: Path
+    make: Callable[..., TrainSettings], other_tokenizer: str, tmp_path: Path
 ) -> None:
     store = fill_text_store(tmp_path, TEACHER, method=SampleMethod(num_draws=8))
     run = prepare_run(make(store=store.url), ALONE)
     [*parts] = next(run.feed).micro_batches
     assert sum(len(part.teacher_span_logprobs) for part in parts) > 20  # type: ignore[attr-defined]
     run.close()
-    other = {"method": "sorted_probabilities", "tokenizer": tokenizer}
+    other = {"method": "sorted_probabilities", "tokenizer": other_tokenizer}
     with pytest.raises(ConfigError, match=r"needs the teacher's likeliest ids, found a store of the method 'sample'"):
         prepare_run(make(store=store.url, other_tokenizer=other), ALONE)
 
@@ -285,13 +183,13 @@ def test_fresh_student_without_a_named_tokenizer_is_refused(make: Callable[..., 
 
 
 def test_tokenizer_that_is_not_the_stores_is_refused(
-    make: Callable[..., TrainSettings], tokenizer: str, tmp_path: Path
+    make: Callable[..., TrainSettings], other_tokenizer: str, tmp_path: Path
 ) -> None:
     for name, error, message in (
-        (tokenizer, IncompatibleStoreError, "is not the tokenizer that a store was captured with"),
+        (other_tokenizer, IncompatibleStoreError, "is not the tokenizer that a store was captured with"),
         (str(tmp_path / "nothing"), ConfigError, r"set other_tokenizer\.teacher_tokenizer to where it lies"),
     ):
-        other = {"method": "spans", "tokenizer": tokenizer, "teacher_tokenizer": name}
+        other = {"method": "spans", "tokenizer": other_tokenizer, "teacher_tokenizer": name}
         with pytest.raises(error, match=message):
             prepare_run(make(other_tokenizer=other), ALONE)
 
