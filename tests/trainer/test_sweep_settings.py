@@ -85,6 +85,25 @@ def test_listed_runs_name_students_and_are_told_apart_by_what_differs(read: Read
     assert sweep.runs[1].settings.order_seed == 0
 
 
+def test_listed_runs_with_sections_of_their_own_have_labels_too(read: Read) -> None:
+    """Beside others that name theirs; a section that has a name goes by it."""
+    sweep = read(
+        student={"model": "m/common"},
+        students={"a": {"model": "m/a"}},
+        losses={"text": {"kind": "cross_entropy"}},
+        runs=[
+            {"name": "one", "student": "a", "loss": "text"},
+            {"name": "two", "student": {"model": "m/b", "dtype": "bfloat16"}, "loss": {"kind": "cross_entropy"}},
+            {"name": "three"},
+        ],
+    )
+    assert [dict(run.labels) for run in sweep.runs] == [
+        {"student": "a", "loss": "text"},
+        {"student": "model=m/b, dtype=bfloat16", "loss": "text"},
+        {"student": "model=m/common", "loss": "–"},
+    ]
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from logitstore import __version__
-from logitstore.errors import ConfigError
+from logitstore.errors import ConfigError, TrainingError
 from logitstore.store.logit_store import LogitStore
-from trainer.checkpoint import check_same_run
+from trainer.checkpoint import check_same_run, find_latest_checkpoint, read_header
 from trainer.config import TrainSettings
 from trainer.distributed import Processes
 from trainer.run_identity import describe_settings
 from trainer.stream_config import FurtherCorpusSettings, FurtherTeacherSettings
 from trainer.sweep.settings import Sweep, SweepRun
 
+_LOGGER = logging.getLogger(__name__)
 Status = Literal["planned", "running", "interrupted", "finished", "failed"]
 
 
@@ -102,7 +105,7 @@ class SweepRecord:
         self._sweep, self._processes = sweep, processes
         self._path = sweep.output / "sweep.json"
         before = _read(self._path)
-        self.latest = dict(before.latest)
+        self.latest = dict(before.latest) if self._path.exists() else self._find_earlier_manifests()
         self.stores: dict[tuple[str, int | str], ReadStore] = {}
         self._settings = {run.name: self._pin(run.settings) for run in sweep.runs}
         results = {one.name: one for one in before.runs}
@@ -161,6 +164,31 @@ class SweepRecord:
             **settings.model_dump(mode="json", include={"document_weights"}),
         }
         return {"stores": fingerprints, **weights, **describe_settings(settings)}
+
+    def _find_earlier_manifests(self) -> dict[str, int]:
+        """Where the file is gone beside runs that have begun: what their checkpoints say of the latest manifests."""
+        found: dict[str, int] = {}
+        begun = []
+        for run in self._sweep.runs:
+            checkpoint = find_latest_checkpoint(Path(run.settings.output) / "checkpoints")
+            if checkpoint is None:
+                continue
+            begun.append(run.name)
+            with suppress(TrainingError):  # which the run itself will fail with
+                header = read_header(checkpoint)
+                teachers = [run.settings.store, *(one.store for one in run.settings.further_teachers)]
+                numbers = [header.manifest_number, *header.further_manifests]
+                for url, number in [*zip(teachers, numbers, strict=False), *header.corpus_manifests.items()]:
+                    found.setdefault(url, number)
+        if begun and not self._processes.rank:
+            _LOGGER.warning(
+                "%s: expected it beside runs that have begun (%s), found none: they go on from their checkpoints, "
+                "'latest' is the manifest that they began with, and finished ones are evaluated and saved again; to "
+                "start anew, choose another output folder",
+                self._path,
+                ", ".join(begun),
+            )
+        return found
 
     def _begin(self, run: SweepRun, stream: int, before: RunResult | None) -> RunResult:
         settings = self._settings[run.name]

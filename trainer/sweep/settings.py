@@ -210,8 +210,12 @@ def _list_named(file: SweepFile, common: Section) -> Iterator[tuple[str, dict[st
                 values[key] = _find_section(sections, labels[key], f"run {run.name!r}: {key}", _AXIS_OF_KEY[key])
         values = merge(values, changes)
         found.append((run.name, labels, _share_order(values, common)))
-    differing = _find_differences([values for _, _, values in found], {key for _, labels, _ in found for key in labels})
+    named = {"student": file.students, "loss": file.losses}
+    named = {key: sections for key, sections in named.items() if any(key in labels for _, labels, _ in found)}
+    differing = _find_differences([values for _, _, values in found], set(named))
     for name, labels, values in found:
+        for key, sections in named.items():
+            labels.setdefault(key, _name_section(sections, values.get(key)))
         others = {key: "–" if (value := _find(values, key)) is None else str(value) for key in differing}
         yield name, {**labels, **others}, values
 
@@ -220,6 +224,14 @@ def _find_section(sections: Mapping[str, Section], name: str, where: str, axis: 
     if name not in sections:
         raise ConfigError(f"{where}: expected a name of {axis} ({', '.join(sections) or 'none'}), found {name!r}")
     return copy.deepcopy(sections[name])
+
+
+def _name_section(sections: Mapping[str, Section], section: Section | None) -> str:
+    """A name for a section that a run was not given by name: the same for the same settings."""
+    if section is None:
+        return "–"
+    known = (name for name, other in sections.items() if other == section)
+    return next(known, None) or ", ".join(f"{name}={_find(section, name)}" for name in _list_leaves(section))
 
 
 def _share_order(values: Section, common: Section) -> Section:
