@@ -42,6 +42,7 @@ class CaptureLoop:
         cluster: where actors are started.
         files: the store.
         figures, watch: of the capture.
+        most_actors: since there are no more units, as far as somebody knows before `fill`.
     Raises:
         ConfigError: no machine has what an actor asks for, and none can join.
     """
@@ -53,7 +54,10 @@ class CaptureLoop:
         files: StoreFiles,
         figures: CaptureFigures,
         watch: CaptureWatch,
+        *,
+        most_actors: int | None = None,
     ) -> None:
+        self._most_actors = most_actors
         self._settings, self._cluster, self._files = settings, cluster, files
         self._figures, self._watch = figures, watch
         machines = cluster.read_machines()
@@ -194,7 +198,7 @@ class CaptureLoop:
 
     def _start_and_release(self) -> None:
         """Bring the number of actors to what it should be; of those that are ready none goes for that."""
-        useful = self._queue.num_useful if self._num_units_is_known else None
+        useful = self._queue.num_useful if self._num_units_is_known else self._most_actors
         kept = None if useful is None else useful + self._queue.wants_reserve
         slots = [slot for slot in self._pool.slots.values() if not slot.is_retired]
         plans = zip(self._groups, plan_counts(self._groups, useful), plan_counts(self._groups, kept), strict=True)

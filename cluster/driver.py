@@ -22,7 +22,15 @@ from cluster.capture_watch import CaptureWatch
 from cluster.figures import CaptureFigures
 from cluster.manifests import RunningManifests
 from cluster.ray_cluster import Cluster, RayCluster
-from cluster.report import CaptureReport, build_report, read_standing, report_finished_capture
+from cluster.report import (
+    CaptureReport,
+    StoreLook,
+    build_report,
+    look_at_store,
+    read_standing,
+    report_finished,
+    report_finished_capture,
+)
 from cluster.settings import ClusterCaptureSettings, make_paths_absolute
 from logitstore.errors import LogitStoreError, OutsideError
 from logitstore.planning import open_plan
@@ -60,11 +68,12 @@ def run_capture(
         OutsideError: storage or cluster stayed broken; what is committed stays, and is in a manifest if possible.
     """
     settings = make_paths_absolute(settings)
-    finished = report_finished_capture(settings, retry_quarantined=retry_quarantined, extend=extend)
+    look = look_at_store(settings, extend=extend)
+    finished = report_finished(settings, look, retry_quarantined=retry_quarantined)
     if finished is not None:
         return finished
     try:
-        driver = _Driver(settings, cluster or RayCluster(), quiet=quiet)
+        driver = _Driver(settings, cluster or RayCluster(), look, quiet=quiet)
         return driver.run(retry_quarantined=retry_quarantined, extend=extend)
     except (RayError, ConnectionError) as error:
         raise OutsideError(
@@ -77,8 +86,10 @@ class _Driver:
     _loop: CaptureLoop
     _plan: StorePlan
 
-    def __init__(self, settings: ClusterCaptureSettings, cluster: Cluster, *, quiet: bool) -> None:
-        self._settings, self._cluster = settings, cluster
+    def __init__(
+        self, settings: ClusterCaptureSettings, cluster: Cluster, look: StoreLook | None, *, quiet: bool
+    ) -> None:
+        self._settings, self._cluster, self._look = settings, cluster, look
         self._files = StoreFiles(settings.store, settings.storage_options)
         self._figures = CaptureFigures()
         self._watch = CaptureWatch(self._files, settings, self._figures, quiet=quiet)
@@ -88,7 +99,12 @@ class _Driver:
             return self._run(retry_quarantined=retry_quarantined, extend=extend)
 
     def _run(self, *, retry_quarantined: bool, extend: bool) -> CaptureReport:
-        self._loop = CaptureLoop(self._settings, self._cluster, self._files, self._figures, self._watch)
+        look, most = self._look, None
+        if look is not None and not look.has_new_files:
+            most = len(look.standing.list_to_do(retry_quarantined=retry_quarantined))
+        self._loop = CaptureLoop(
+            self._settings, self._cluster, self._files, self._figures, self._watch, most_actors=most
+        )
         try:
             first = self._loop.load_first()
             self._plan = open_plan(self._files, self._settings, first.identity, extend=extend)
@@ -103,7 +119,11 @@ class _Driver:
         return build_report(self._files, self._plan, self._figures)
 
     def _fill_loop(self, *, retry_quarantined: bool) -> None:
-        standing = read_standing(self._files, self._plan)
+        look = self._look
+        # What was committed since somebody looked, another capture has done: that is a race lost, at the cost of a
+        # request. A listing of a million units takes a thousand.
+        is_known = look is not None and look.plan == self._plan
+        standing = look.standing if look is not None and is_known else read_standing(self._files, self._plan)
         to_do = standing.list_to_do(retry_quarantined=retry_quarantined)
         self._loop.fill(to_do, retried=standing.quarantined if retry_quarantined else frozenset())
         standing.fill_figures(self._figures, retry_quarantined=retry_quarantined)

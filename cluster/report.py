@@ -58,15 +58,25 @@ def build_report(files: StoreFiles, plan: StorePlan, figures: CaptureFigures) ->
     return CaptureReport(figures=figures, manifest_number=manifest.number, quarantined_units=quarantined)
 
 
-def report_finished_capture(
-    settings: ClusterCaptureSettings, *, retry_quarantined: bool = False, extend: bool = False
-) -> CaptureReport | None:
-    """The report of a capture that has nothing left to do, without any actor or Ray; None where there is work.
+@dataclass(frozen=True, kw_only=True)
+class StoreLook:
+    """What a store that has a plan looks like to a capture that is about to begin.
 
-    With `extend`, corpus files that the store does not have are work.
+    Attributes:
+        plan: of the store.
+        standing: of its units.
+        has_new_files: whether the capture would add corpus files.
+    """
 
-    Settings and corpus are compared with the store's plan as always. The teacher is not, since it is not loaded: a
-    finished store is reported as finished even where the settings name another teacher by now.
+    plan: StorePlan
+    standing: StandingUnits
+    has_new_files: bool
+
+
+def look_at_store(settings: ClusterCaptureSettings, *, extend: bool = False) -> StoreLook | None:
+    """Where a capture would begin; None where there is no store yet.
+
+    Settings and corpus are compared with the store's plan as always. The teacher is not, since it is not loaded.
 
     Raises:
         IncompatibleStoreError: the store was made with other settings.
@@ -77,11 +87,26 @@ def report_finished_capture(
         plan = read_plan(files)
     except StoreNotFoundError:
         return None
-    standing = read_standing(files, plan)
-    if standing.list_to_do(retry_quarantined=retry_quarantined):
-        return None
-    if find_new_files(files.url, plan, settings, plan.teacher, extend=extend):
+    new_files = find_new_files(files.url, plan, settings, plan.teacher, extend=extend)
+    return StoreLook(plan=plan, standing=read_standing(files, plan), has_new_files=bool(new_files))
+
+
+def report_finished(
+    settings: ClusterCaptureSettings, look: StoreLook | None, *, retry_quarantined: bool = False
+) -> CaptureReport | None:
+    """The report of a capture that has nothing left to do, without any actor or Ray; None where there is work.
+
+    A finished store is reported as finished even where the settings name another teacher by now.
+    """
+    if look is None or look.has_new_files or look.standing.list_to_do(retry_quarantined=retry_quarantined):
         return None
     figures = CaptureFigures()
-    standing.fill_figures(figures, retry_quarantined=retry_quarantined)
-    return build_report(files, plan, figures)
+    look.standing.fill_figures(figures, retry_quarantined=retry_quarantined)
+    return build_report(StoreFiles(settings.store, settings.storage_options), look.plan, figures)
+
+
+def report_finished_capture(
+    settings: ClusterCaptureSettings, *, retry_quarantined: bool = False, extend: bool = False
+) -> CaptureReport | None:
+    """`look_at_store`, and `report_finished` of what is seen."""
+    return report_finished(settings, look_at_store(settings, extend=extend), retry_quarantined=retry_quarantined)

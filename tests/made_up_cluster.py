@@ -8,20 +8,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 from made_up import VOCAB_SIZE, build_identity, build_records, put_shard
 from ray.exceptions import RayTaskError
 
+from cluster import capture_loop, driver, pool, unit_ends
 from cluster.actor import LoadedTeacher
 from cluster.actor_groups import ActorGroup
 from cluster.placement import Machine
 from cluster.settings import ClusterCaptureSettings
 from logitstore.capture import Receipt
+from logitstore.settings import build_settings
 from logitstore.store.commit import commit_unit
 from logitstore.store.files import StoreFiles
 from logitstore.store.plan import read_plan
 from logitstore.unit_records import UnitCare
-
-NEVER = float("inf")
 
 
 def raised_in_actor(cause: Exception) -> Exception:
@@ -53,7 +54,6 @@ class MadeUpCluster:
     settings: ClusterCaptureSettings
     folder: Path
     machines: list[Machine] = field(default_factory=lambda: [Machine(node_id="n0", resources={"CPU": 8.0})])
-    draining: dict[str, float] = field(default_factory=dict)
     answer_load: Callable[[int], Exception | None] = lambda actor: None
     answer_capture: Callable[[int, int], Exception | None] = lambda actor, unit: None
     identity_of: Callable[[int], Any] = lambda actor: build_identity()
@@ -80,8 +80,7 @@ class MadeUpCluster:
         return self.machines
 
     def read_draining(self) -> dict[str, float | None]:
-        """Deadlines are points in time here."""
-        return {machine: at - self.now for machine, at in self.draining.items()}
+        return {}
 
     def read_free(self) -> dict[str, float]:
         return {"CPU": 1.0}
@@ -156,5 +155,27 @@ class MadeUpCluster:
             bytes=commit.shard.bytes,
             documents=commit.documents,
             dead_letters=0,
-            seconds=0.1,
+            seconds=self.seconds(actor, unit),
         )
+
+
+def build_made_up_cluster(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, num_units: int, **settings: Any
+) -> MadeUpCluster:
+    """A made-up cluster for captures of so many units, which every capture of the test runs on."""
+    line = '{"text": "some words that are read"}\n'
+    (folder / "corpus.jsonl").write_text(line * num_units * 4)
+    values = {
+        "store": str(folder / "store"),
+        "corpus": {"files": [str(folder / "corpus.jsonl")]},
+        "teacher": {"model": "made-up"},
+        "sequences": {"length": 8},
+        "unit_bytes": len(line) * 4,
+        **settings,
+    }
+    (folder / "spill").mkdir()
+    made_up = MadeUpCluster(build_settings(ClusterCaptureSettings, values, where="test"), folder / "spill")
+    for module in (capture_loop, pool, unit_ends):
+        monkeypatch.setattr(module, "time", made_up)
+    monkeypatch.setattr(driver, "RayCluster", lambda: made_up)
+    return made_up

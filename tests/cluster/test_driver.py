@@ -9,13 +9,11 @@ from pathlib import Path
 
 import pytest
 from made_up import build_identity
-from made_up_cluster import MadeUpCluster, raised_in_actor
+from made_up_cluster import MadeUpCluster, build_made_up_cluster, raised_in_actor
 from ray.exceptions import ActorDiedError, RayError, UnserializableException
 
-from cluster import capture_loop, driver, pool, unit_ends
 from cluster.driver import run_capture
 from cluster.placement import Machine
-from cluster.settings import ClusterCaptureSettings
 from logitstore.errors import (
     CaptureError,
     ConfigError,
@@ -25,7 +23,6 @@ from logitstore.errors import (
     TeacherError,
     TeacherLostError,
 )
-from logitstore.settings import build_settings
 from logitstore.store.commit import COMMITS, list_units, read_quarantine
 from logitstore.store.files import StoreFiles
 from logitstore.store.logit_store import LogitStore
@@ -36,23 +33,7 @@ NUM_UNITS = 24
 
 @pytest.fixture
 def made_up_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MadeUpCluster:
-    line = '{"text": "some words that are read"}\n'
-    (tmp_path / "corpus.jsonl").write_text(line * NUM_UNITS * 4)
-    values = {
-        "store": str(tmp_path / "store"),
-        "corpus": {"files": [str(tmp_path / "corpus.jsonl")]},
-        "teacher": {"model": "made-up"},
-        "sequences": {"length": 8},
-        "unit_bytes": len(line) * 4,
-        "actors": {"count": 4},
-    }
-    (tmp_path / "spill").mkdir()
-    settings = build_settings(ClusterCaptureSettings, values, where="test")
-    made_up = MadeUpCluster(settings, tmp_path / "spill")
-    for module in (capture_loop, pool, unit_ends):
-        monkeypatch.setattr(module, "time", made_up)
-    monkeypatch.setattr(driver, "RayCluster", lambda: made_up)
-    return made_up
+    return build_made_up_cluster(tmp_path, monkeypatch, NUM_UNITS, actors={"count": 4})
 
 
 def count_commits(made_up: MadeUpCluster) -> int:
