@@ -145,8 +145,8 @@ def test_watch_in_a_log_writes_a_line_for_every_look_and_all_of_it_at_the_end(
     watch_status(growing_store, seconds=7.0, pause=pause)
     lines = capsys.readouterr().out.split("\n")
     assert [line.partition(" ")[2] for line in lines[:3]] == [
-        "3 of 4 committed, 1 to do, 1 of them in flight, 100 positions/s, 1,800 units per hour, 2.0 s left, 1/2 actors, "
-        "1 dead letter, 2 failures",
+        "3 of 4 committed, 1 to do, 1 of them in flight, 100 positions/s, 1,800 units per hour, 2.0 s left, "
+        "1/2 actors, 1 dead letter, 2 failures",
         "4 of 4 committed, 1/2 actors, 1 dead letter, 2 failures",
         "4 of 4 committed, 1 dead letter",
     ]
