@@ -124,7 +124,8 @@ def _scale(kept: _Kept, tail_logprob: np.ndarray, common: np.ndarray) -> tuple[n
     others = np.bincount(kept.positions[is_other], weights=kept.probs[is_other], minlength=num_positions)
     totals = tail + np.bincount(kept.positions, weights=kept.probs, minlength=num_positions)
     totals[totals == 0] = 1.0
-    return kept.probs[common] / totals[kept.positions[common]], tail / totals, others / totals
+    scaled: np.ndarray = kept.probs[common] / totals[kept.positions[common]]
+    return scaled, tail / totals, others / totals
 
 
 def _sum_up(p: np.ndarray, q: np.ndarray, position: np.ndarray, num_positions: int) -> np.ndarray:
@@ -138,7 +139,8 @@ def _find_least_rest(only_p: np.ndarray, tail_p: np.ndarray, only_q: np.ndarray,
     rest_p = only_p + tail_p
     share = np.divide(only_p, rest_p, out=np.zeros_like(rest_p), where=rest_p > 0)
     of_only_p = np.minimum(tail_q, share * (only_q + tail_q))
-    return _compute_terms(only_p, of_only_p) + _compute_terms(tail_p, only_q + tail_q - of_only_p)
+    least: np.ndarray = _compute_terms(only_p, of_only_p) + _compute_terms(tail_p, only_q + tail_q - of_only_p)
+    return least
 
 
 def _compute_terms(p: np.ndarray, q: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ import typer
 import tools.benchmark
 import tools.capture
 import tools.convert
+import tools.diff
 import tools.evaluate
 import tools.export
 import tools.gc
@@ -104,6 +105,7 @@ app.command("status")(tools.status.command)
 app.command("verify")(tools.verify.command)
 app.command("gc")(tools.gc.command)
 app.command("inspect")(tools.inspect.command)
+app.command("diff")(tools.diff.command)
 app.command("train")(tools.train.command)
 app.command("sweep")(tools.sweep.command)
 app.command("evaluate")(tools.evaluate.command)

@@ -75,7 +75,7 @@ def _build_positions(view: RecordView) -> Table:
     rows = [
         (
             position.position,
-            Text(_name(position.next_token, position.next_token_id), style=find_style(position.entropy)),
+            Text(name_token(position.next_token, position.next_token_id), style=find_style(position.entropy)),
             "?" if position.next_token_probability is None else format_share(position.next_token_probability),
             "–" if position.next_token_slot is None else position.next_token_slot,
             "?" if position.entropy is None else f"{position.entropy:.2f}",
@@ -93,7 +93,7 @@ def _build_positions(view: RecordView) -> Table:
 def _build_candidates(position: PositionView) -> Text:
     line = Text("" if position.is_taught else "not taught: ", style="" if position.is_taught else "dim")
     for candidate in position.candidates:
-        name = _name(candidate.token, candidate.token_id)
+        name = name_token(candidate.token, candidate.token_id)
         mark = "▸" if candidate.is_next else ""
         line.append(f"{mark}{name} {_describe_share(candidate)}", style="bold" if candidate.is_next else "")
         line.append("  ")
@@ -122,7 +122,7 @@ def make_visible(text: str, *, keep_lines: bool = False) -> str:
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda c: c[0] if c[0] in kept else repr(c[0])[1:-1], text)
 
 
-def _name(token: str | None, token_id: int) -> str:
+def name_token(token: str | None, token_id: int) -> str:
     """A token in a table: its text with spaces to be seen, or its id."""
     if token is None:
         return str(token_id)

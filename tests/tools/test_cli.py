@@ -22,6 +22,7 @@ VERBS = (
     "verify",
     "gc",
     "inspect",
+    "diff",
     "train",
     "sweep",
     "evaluate",
