@@ -22,6 +22,8 @@ from logitstore.store.running import HeardCapture, read_running
 _PACE_COMMITS = 50
 _PACE_SECONDS = 600.0
 _PACE_STALE_SECONDS = 1800.0
+# Actors outlive a killed driver a little; whoever commits later is a capture that says nothing of itself.
+_PACE_AFTERMATH_SECONDS = 60.0
 
 
 class SetAsideUnit(Settings):
@@ -210,7 +212,10 @@ def find_pace(heard: Sequence[HeardCapture], listing: UnitListing, positions: in
     if rates:
         units_per_second, positions_per_second = (sum(column) for column in zip(*rates, strict=True))
         return Pace(units_per_hour=3600 * units_per_second, positions_per_second=positions_per_second)
-    units_per_hour = compute_pace(np.sort(listing.modified[listing.modified > 0]), now)
+    times = np.sort(listing.modified[listing.modified > 0])
+    if heard and not at_work and (not len(times) or times[-1] <= heard[0].heard + _PACE_AFTERMATH_SECONDS):
+        return Pace()
+    units_per_hour = compute_pace(times, now)
     if units_per_hour is None:
         return Pace()
     positions_per_unit = positions / max(1, len(listing.units))

@@ -231,7 +231,15 @@ def test_pace_is_what_captures_at_work_say_and_else_what_the_commits_tell(growin
     word = say(growing_store)
     heard = [HeardCapture(capture=word, heard=600.0)]
     assert find_pace(heard, listing, 6000, 600.0).units_per_hour == 1800.0
-    told = find_pace(heard, listing, 6000, 700.0)
+    told = find_pace([], listing, 6000, 700.0)
     assert (told.units_per_hour, told.positions_per_second) == (pytest.approx(360.0), pytest.approx(10.0))
-    silent = [HeardCapture(capture=word.model_copy(update={"units_per_second": None}), heard=600.0)]
-    assert find_pace(silent, listing, 6000, 600.0) == told
+    wordless = [HeardCapture(capture=word.model_copy(update={"units_per_second": None}), heard=600.0)]
+    assert find_pace(wordless, listing, 6000, 600.0) == told
+
+
+def test_store_whose_captures_are_gone_has_no_pace_until_somebody_else_commits(growing_store: StoreFiles) -> None:
+    listing = UnitListing(units=np.arange(60), modified=np.arange(0.0, 600.0, 10.0))
+    word = say(growing_store)
+    assert find_pace([HeardCapture(capture=word, heard=590.0)], listing, 6000, 700.0).units_per_hour is None
+    others = find_pace([HeardCapture(capture=word, heard=500.0)], listing, 6000, 700.0)
+    assert others.units_per_hour == pytest.approx(360.0)
