@@ -28,6 +28,7 @@ _EXTRA_OF_MODULE = {
     "safetensors": "teacher",
     "tensorboard": "train",
     "httpx2": "api",
+    "duckdb": "query",
 }
 _EXTRA_OF_VERB = {
     "train": "train",

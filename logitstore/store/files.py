@@ -209,6 +209,13 @@ class StoreFiles:
         with self._explain(path), contextlib.suppress(FileNotFoundError):
             self._fs.rm_file(self._full(path))
 
+    def locate(self, paths: Sequence[str]) -> tuple[Any, Sequence[str]]:
+        """Where objects lie for other programs: addresses, and the file system that knows them, None on this disk."""
+        if self._is_local:
+            return None, [self._full(path) for path in paths]
+        protocol = self._fs.protocol if isinstance(self._fs.protocol, str) else self._fs.protocol[0]
+        return self._fs, [f"{protocol}://{self._full(path).lstrip('/')}" for path in paths]
+
     def _full(self, path: str) -> str:
         return f"{self._root}/{path}" if path else str(self._root)
 

@@ -23,6 +23,7 @@ VERBS = (
     "gc",
     "inspect",
     "diff",
+    "query",
     "train",
     "sweep",
     "evaluate",
