@@ -51,12 +51,12 @@ def connect(address: str | None, *, num_cpus: int | None = None) -> Iterator[Non
     except (OSError, RuntimeError, ValueError) as error:
         where = address or "this machine"
         raise OutsideError(f"Ray at {where}: expected a cluster, found {error}; check --address") from error
-    try:
-        # Ray prints what it has to say, a lost worker for example, where a command prints its result.
-        with contextlib.redirect_stdout(sys.stderr):
+    # Ray prints what it has to say, of a lost machine for example, where a command prints its result; some in the end.
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
             yield
-    finally:
-        ray.shutdown()
+        finally:
+            ray.shutdown()
 
 
 def _check_reachable(address: str) -> None:

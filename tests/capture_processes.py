@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -23,7 +24,7 @@ class Processes:
 
     def __init__(self, folder: Path) -> None:
         self._mark = uuid.uuid4().hex
-        self._environment = {
+        self.environment = {
             **os.environ,
             MARK: self._mark,
             "HOME": str(folder),
@@ -34,16 +35,17 @@ class Processes:
         }
         (folder / "ray-token").write_text(uuid.uuid4().hex)
 
-    def start(self, settings: Path, *arguments: str, run: str = "") -> subprocess.Popen[str]:
-        """Start a capture; `run` names it and all processes that it starts."""
+    def start(self, settings: Path, *arguments: str, run: str = "", log: Path | None = None) -> subprocess.Popen[str]:
+        """Start a capture; `run` names it and all processes that it starts. What it logs goes to a file, or a pipe."""
         command = [sys.executable, "-c", "from tools.cli import main; main()", "capture", str(settings), "--json"]
-        return subprocess.Popen(
-            [*command, *arguments],
-            env={**self._environment, MARK: self._mark + run},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        with contextlib.ExitStack() as stack:
+            return subprocess.Popen(
+                [*command, *arguments],
+                env={**self.environment, MARK: self._mark + run},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE if log is None else stack.enter_context(log.open("a")),
+                text=True,
+            )
 
     def find(self, name: str = "", *, run: str = "") -> list[int]:
         """Ids of living processes of ours, or of one run, whose command line holds a name."""
