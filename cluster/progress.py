@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterable
 from typing import Self
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from cluster.figures import CaptureFigures
 
@@ -58,6 +60,15 @@ def describe_seconds(seconds: float) -> str:
     return f"{whole} s"
 
 
+class _BarWithFigures(Progress):
+    """A bar with the figures below it: beside it, they would leave nothing of it on a terminal of 100 columns."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            yield Text(task.fields["figures"])
+
+
 class CaptureProgress:
     """Shows figures while they change: use as a context manager, call `update` after every change."""
 
@@ -68,14 +79,8 @@ class CaptureProgress:
         self._next_line = time.monotonic() + _SECONDS_BETWEEN_FIRST_LINES
         self._quiet = quiet
         if console.is_terminal and not quiet:
-            self._bar = Progress(
-                TextColumn("capture"),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[figures]}"),
-                TimeElapsedColumn(),
-                console=console,
-            )
+            columns = [TextColumn("capture"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
+            self._bar = _BarWithFigures(*columns, console=console)
             self._task = self._bar.add_task("capture", total=None, figures=describe_figures(figures))
 
     def __enter__(self) -> Self:

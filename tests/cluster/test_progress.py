@@ -100,15 +100,16 @@ def test_log_gets_a_line_every_15_seconds_at_first_and_every_minute_later(
     assert told == [*range(15, 301, 15), *range(360, 900, 60)]
 
 
-def test_terminal_gets_a_bar_with_the_same_figures_and_no_lines(
+def test_terminal_gets_a_bar_above_the_same_figures_and_no_lines(
     figures: CaptureFigures, caplog: pytest.LogCaptureFixture
 ) -> None:
     screen = io.StringIO()
-    console = Console(file=screen, force_terminal=True, width=140, color_system=None)
+    console = Console(file=screen, force_terminal=True, width=80, color_system=None)
     with caplog.at_level(logging.INFO, "logitstore.capture"):
         with CaptureProgress(figures, console=console) as progress:
             progress.update()
     shown = screen.getvalue()
+    assert "━━━" in shown  # on a terminal of 80 columns there is room for the bar, too
     assert " 3/10 " in shown
     assert "10 positions/s, 1 min 10 s left, 3/4 actors, 5 units in flight, 1 dead letter" in shown
     assert not caplog.records
