@@ -81,9 +81,13 @@ class RayCluster:
 
     Ray tells by a callback that a call has ended: waiting costs nothing per call, and nothing looks at thousands of
     references each time that one of them is ready.
+
+    Args:
+        actor_class: what actors are; `CaptureActor` by default.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, actor_class: Any = None) -> None:
+        self._actor_class: Any = actor_class or CaptureActor
         self._numbers = itertools.count()
         self._calls: dict[int, Any] = {}
         self._ended: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -99,10 +103,9 @@ class RayCluster:
         return free
 
     def start(self, number: int, group: ActorGroup) -> RayActor:
-        actor_class: Any = CaptureActor
         demand = group.demand
         if not demand.across_machines:
-            handle = actor_class.options(
+            handle = self._actor_class.options(
                 num_cpus=demand.cpus,
                 num_gpus=demand.gpus,
                 resources=dict(demand.resources) or None,
@@ -112,7 +115,7 @@ class RayCluster:
         selectors = [dict(demand.labels)] * len(demand.bundles) if demand.labels else None
         # As few machines as possible: its parts talk all the time.
         bundles = placement_group(demand.bundles, strategy="PACK", bundle_label_selector=selectors)
-        handle = actor_class.options(
+        handle = self._actor_class.options(
             num_cpus=demand.cpus,
             num_gpus=0,
             resources=dict(demand.resources) or None,

@@ -7,6 +7,7 @@ import typer
 from tools.benchmark.capture import capture
 from tools.benchmark.capture_vllm import capture_vllm
 from tools.benchmark.codec import codec
+from tools.benchmark.driver import driver
 from tools.benchmark.loss import loss
 from tools.benchmark.method_cost import method_cost
 from tools.benchmark.methods import methods
@@ -34,6 +35,7 @@ def describe() -> None:
 app.command()(capture)
 app.command("capture-vllm")(capture_vllm)
 app.command()(codec)
+app.command()(driver)
 app.command()(loss)
 app.command()(method_cost)
 app.command()(methods)

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from tools.benchmark.own_process import measure_apart
+
+_STEPS = "tools.benchmark.scale_steps"
 # Of what takes seconds; the others are run once.
 _REPEATS = 3
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """One run of a step in a process of its own."""
-
-    seconds: float
-    processor_seconds: float
-    peak_bytes: int
-    outcome: str
 
 
 def scale(
@@ -44,7 +33,7 @@ def scale(
 
     command = f"logitstore benchmark scale --units {units} --row-groups {row_groups}"
     print_heading(command, "pyarrow", "pydantic", "numpy")
-    idle = _measure("nothing", ".", 0).peak_bytes / 2**20
+    idle = measure_apart(_STEPS, "nothing", ".", 0).peak_bytes / 2**20
     print(
         "Simulated: the corpus files (only named), what the commits say, and the shards, which are sparse files of\n"
         f"the right size without a byte in them. Real: {units:,} commit files and as many data files on a local disk\n"
@@ -90,7 +79,7 @@ def _measure_all(folder: Path, units: int, row_groups: int) -> None:
 def _run(title: str, step: str, folder: Path, units: int, repeats: int = 1) -> list[str]:
     """A row of the table: the median, with half the spread of the repetitions."""
     print(f"{title} …", file=sys.stderr, flush=True)
-    runs = sorted((_measure(step, str(folder), units) for _ in range(repeats)), key=lambda run: run.seconds)
+    runs = sorted((measure_apart(_STEPS, step, folder, units) for _ in range(repeats)), key=lambda run: run.seconds)
     median = runs[len(runs) // 2]
     spread = f" ±{(runs[-1].seconds - runs[0].seconds) / 2:.1f}" if repeats > 1 else ""
     return [
@@ -100,10 +89,3 @@ def _run(title: str, step: str, folder: Path, units: int, repeats: int = 1) -> l
         f"{max(run.peak_bytes for run in runs) / 2**20:,.0f}",
         median.outcome,
     ]
-
-
-def _measure(step: str, folder: str, units: int) -> Measured:
-    command = [sys.executable, "-m", "tools.benchmark.scale_steps", step, folder, str(units)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True)
-    return Measured(**json.loads(done.stdout))

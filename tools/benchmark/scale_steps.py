@@ -6,12 +6,11 @@ whole process, and what came out.
 
 from __future__ import annotations
 
-import json
-import resource
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
+
+from tools.benchmark.own_process import print_measured
 
 # A step prepares and returns what is measured; that returns what to say of its outcome.
 Step = Callable[[str, int], Callable[[], str]]
@@ -176,24 +175,9 @@ STEPS: dict[str, Step] = {
 }
 
 
-def _read_peak_bytes() -> int:
-    """Peak resident memory of this program; what the process was before it became this program does not count."""
-    status = Path("/proc/self/status")
-    for line in status.read_text().splitlines() if status.exists() else []:
-        if line.startswith("VmHWM:"):
-            return 1024 * int(line.split()[1])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
-
-
 def main(name: str, folder: str, num_units: str) -> None:
     """Run one step and print what was measured."""
-    measure = STEPS[name](folder, int(num_units))
-    start, start_processor = time.perf_counter(), time.process_time()
-    outcome = measure()
-    seconds, processor_seconds = time.perf_counter() - start, time.process_time() - start_processor
-    measured = {"seconds": seconds, "processor_seconds": processor_seconds, "peak_bytes": _read_peak_bytes()}
-    print(json.dumps(measured | {"outcome": outcome}))
+    print_measured(STEPS[name](folder, int(num_units)))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from logitstore.corpus.documents import CorpusFile
     from logitstore.corpus.units import UnitTable
     from logitstore.store.plan import StorePlan
+    from logitstore.teacher.protocol import TeacherIdentity
 
 UNIT_BYTES = 4_000_000
 UNITS_PER_FILE = 10
@@ -43,26 +44,34 @@ def build_corpus_files(num_units: int) -> list[CorpusFile]:
     ]
 
 
+def build_simulated_teacher() -> TeacherIdentity:
+    """Of a model that there is not."""
+    from logitstore.teacher.protocol import TeacherIdentity
+
+    return TeacherIdentity.model_validate(
+        {
+            "model": "simulated",
+            "engine": "huggingface",
+            "engine_version": "0",
+            "architecture": "SimulatedForCausalLM",
+            "dtype": "float32",
+            "weights_fingerprint": "0" * 64,
+            "tokenizer_fingerprint": "1" * 64,
+            "vocab_size": _VOCAB_SIZE,
+            "padded_vocab_size": _VOCAB_SIZE,
+            "max_positions": None,
+            "end_of_text_id": 0,
+        }
+    )
+
+
 def build_simulated_plan(corpus_files: list[CorpusFile], units: UnitTable) -> StorePlan:
     """A plan over such files."""
     from logitstore.store.plan import StorePlan
 
-    teacher = {
-        "model": "simulated",
-        "engine": "huggingface",
-        "engine_version": "0",
-        "architecture": "SimulatedForCausalLM",
-        "dtype": "float32",
-        "weights_fingerprint": "0" * 64,
-        "tokenizer_fingerprint": "1" * 64,
-        "vocab_size": _VOCAB_SIZE,
-        "padded_vocab_size": _VOCAB_SIZE,
-        "max_positions": None,
-        "end_of_text_id": 0,
-    }
     return StorePlan.model_validate(
         {
-            "teacher": teacher,
+            "teacher": build_simulated_teacher(),
             "corpus": {
                 "text_field": "text",
                 "id_field": None,
