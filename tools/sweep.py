@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tools.logs import Quiet, Verbose, set_up_logs
+from tools.places import Address, Cpus, Gpus, Place, choose_place
 
 if TYPE_CHECKING:
     from trainer.sweep.settings import Sweep
@@ -23,6 +24,13 @@ def command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List the runs, and which of them share a stream; train none.")
     ] = False,
+    address: Address = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes on the cluster at a time; runs that share a stream are divided for them."),
+    ] = None,
+    cpus: Cpus = None,
+    gpus: Gpus = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -33,22 +41,27 @@ def command(
     sweep leaves finished runs alone and goes on with the others. Ends with exit code 3 when a run has failed, and with
     4 when the sweep was asked to stop (SIGTERM) before it was done.
 
+    On a Ray cluster, runs that share a stream are one process, which is begun again from their checkpoints when it is
+    lost; the output folder is one that all machines share.
+
     \b
     Example:
       logitstore sweep sweep.yaml --dry-run
       logitstore sweep sweep.yaml steps=5000
       torchrun --nproc-per-node 8 -m tools.sweep sweep.yaml
+      logitstore sweep sweep.yaml --address auto --workers 8
     """
     set_up_logs(quiet=quiet, verbose=verbose)
     from trainer.sweep.settings import read_sweep
 
     sweep = read_sweep(settings_file, overrides or [])
     is_first_rank = os.environ.get("RANK", "0") == "0"
+    place = choose_place(address, workers, cpus, gpus)
     if dry_run:
         if is_first_rank:
-            _print_plan(sweep, as_json=as_json)
+            _print_plan(sweep, workers, as_json=as_json)
         return
-    report = run_sweep(sweep, quiet=quiet or not is_first_rank)
+    report = run_sweep(sweep, quiet=quiet or not is_first_rank, place=place)
     if is_first_rank:
         _print_report(report, as_json=as_json)
     if report.interrupted:
@@ -57,11 +70,10 @@ def command(
         raise typer.Exit(3)
 
 
-def run_sweep(sweep: Sweep, *, quiet: bool = False) -> SweepReport:
-    """Train with a progress bar on stderr; see `trainer.sweep.training.train_sweep`."""
+def run_sweep(sweep: Sweep, *, quiet: bool = False, place: Place | None = None) -> SweepReport:
+    """Train with a progress bar on stderr; see `trainer.sweep.training`, and `cluster.sweep` for a cluster."""
     from tools.look import show_progress
     from trainer.progress import StepResult
-    from trainer.sweep.training import train_sweep
 
     all_steps = sum(run.settings.steps for run in sweep.runs)
     done: dict[str, int] = {}
@@ -71,15 +83,22 @@ def run_sweep(sweep: Sweep, *, quiet: bool = False) -> SweepReport:
             done[name] = result.step
             report(sum(done.values()), all_steps, f"{name}  loss {result.loss:.3f}  KL {result.bucket_kl:.3f}")
 
-        return train_sweep(sweep, on_step=show)
+        if place is None:
+            from trainer.sweep.training import train_sweep
+
+            return train_sweep(sweep, on_step=show)
+        with place.join() as demand:
+            from cluster.sweep import run_sweep
+
+            return run_sweep(sweep, demand=demand, workers=place.workers, on_step=show)
 
 
-def _print_plan(sweep: Sweep, *, as_json: bool) -> None:
+def _print_plan(sweep: Sweep, workers: int | None, *, as_json: bool) -> None:
     from tools.look import build_facts, count_things, print_json, print_result
     from tools.sweep_table import build_plan_table
-    from trainer.sweep.plan import group_runs
+    from trainer.sweep.plan import plan_groups
 
-    groups = group_runs(sweep.runs, sweep.runs_at_once)
+    groups = plan_groups(sweep.runs, sweep.runs_at_once, workers=workers)
     if as_json:
         streams = [
             [

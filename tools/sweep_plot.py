@@ -7,12 +7,14 @@ import itertools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from tools.sweep_table import Reserved
     from trainer.sweep.record import RunResult
     from trainer.sweep.training import SweepReport
 
@@ -65,12 +67,14 @@ def write_plot(report: SweepReport, path: Path) -> Path | None:
     panels = [panel for panel in _PANELS if any(panel[0] in (run.evaluation or {}) for run in runs)]
     series = _group(runs)
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "logitstore", "font.size": 9}):
-        figure = Figure(figsize=(3.4 * len(panels), 3.3), layout="constrained")
-        drawn = figure.subplots(1, len(panels), squeeze=False)[0]
-        for axes, (name, title) in zip(drawn, panels, strict=True):
-            _draw_panel(axes, name, title, series, _choose_cost(runs))
+        costs = _choose_costs(runs)
+        figure = Figure(figsize=(3.4 * len(panels), 3.0 * len(costs) + 0.3), layout="constrained")
+        drawn = figure.subplots(len(costs), len(panels), squeeze=False)
+        for row, cost in zip(drawn, costs, strict=True):
+            for axes, (name, title) in zip(row, panels, strict=True):
+                _draw_panel(axes, name, title, series, cost)
         if len(series) > 1:
-            handles, labels = drawn[0].get_legend_handles_labels()
+            handles, labels = drawn[0][0].get_legend_handles_labels()
             figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(series)), frameon=False)
         figure.savefig(path, format="svg", metadata={"Date": None}, facecolor="white")
     return path
@@ -85,13 +89,28 @@ def _group(runs: Sequence[RunResult]) -> dict[str, list[RunResult]]:
     return series
 
 
-def _choose_cost(runs: Sequence[RunResult]) -> _Cost:
-    """Parameters where students differ in them; else positions where runs do; else seconds."""
+def _choose_costs(runs: Sequence[RunResult]) -> list[_Cost]:
+    """Parameters where students differ in them; else positions where runs do; else seconds.
+
+    Beside them, or in place of seconds, the GPU or CPU seconds of runs that had a part of a cluster to themselves.
+    """
+    from tools.sweep_table import find_reserved
+
+    costs: list[_Cost] = []
     for label, measure in (("parameters", _count_parameters), ("positions trained on", _count_positions)):
         values = [measure(run) for run in runs]
-        if max(values) > 1.01 * min(values) > 0:
-            return _Cost(label=label, measure=measure, is_wide=max(values) > 3 * min(values))
-    return _Cost(label="seconds", measure=lambda run: run.seconds, is_wide=False)
+        if not costs and max(values) > 1.01 * min(values) > 0:
+            costs.append(_Cost(label=label, measure=measure, is_wide=max(values) > 3 * min(values)))
+    reserved = find_reserved(runs)
+    if reserved is not None:
+        measure = partial(_measure_reserved, reserved)
+        costs.append(_Cost(label=f"{reserved.label} seconds", measure=measure, is_wide=False))
+    return costs or [_Cost(label="seconds", measure=lambda run: run.seconds, is_wide=False)]
+
+
+def _measure_reserved(reserved: Reserved, run: RunResult) -> float:
+    cost = reserved.measure(run)
+    return run.seconds if cost is None else cost
 
 
 def _count_parameters(run: RunResult) -> float:
@@ -126,7 +145,7 @@ def _set_ticks(axes: Axes, cost: _Cost, runs: Sequence[RunResult]) -> None:
     places = sorted({cost.measure(run) for run in runs})
     low, high = places[0], places[-1]
     is_apart = all(after > _APART * before for before, after in itertools.pairwise(places))
-    if cost.label != "seconds" and len(places) <= _MAX_TICKS and is_apart:
+    if not cost.label.endswith("seconds") and len(places) <= _MAX_TICKS and is_apart:
         axes.set_xticks(
             places, [_name_place(place, [run for run in runs if cost.measure(run) == place]) for place in places]
         )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tools.look import build_table, format_count, format_seconds
@@ -27,6 +28,28 @@ FIGURES = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Reserved:
+    """What runs cost where they had a part of a cluster to themselves.
+
+    Attributes:
+        label: GPU or CPU.
+        measure: seconds of a run times how many of these it had; None of one that ran without a cluster.
+    """
+
+    label: str
+    measure: Callable[[RunResult], float | None]
+
+
+def find_reserved(runs: Sequence[RunResult]) -> Reserved | None:
+    """GPUs where any run had one, else CPUs; None where no run had a part of a cluster."""
+    if any(run.gpus for run in runs):
+        return Reserved(label="GPU", measure=lambda run: None if run.gpus is None else run.seconds * run.gpus)
+    if any(run.cpus for run in runs):
+        return Reserved(label="CPU", measure=lambda run: None if run.cpus is None else run.seconds * run.cpus)
+    return None
+
+
 def build_plan_table(groups: Sequence[Sequence[SweepRun]]) -> Table:
     """Every run with its folder and the stream that it reads."""
     rows = [
@@ -43,6 +66,7 @@ def build_runs_table(runs: Sequence[RunResult]) -> Table:
 
     from trainer.sweep.results import list_figures
 
+    reserved = find_reserved(runs)
     figures = [list_figures(run) for run in runs]
     shown = [figure for figure in FIGURES if any(figure[1] in known for known in figures)]
     # Tokens of two tokenizers are not the same: a loss per token compares nothing then, bits per byte do.
@@ -57,9 +81,17 @@ def build_runs_table(runs: Sequence[RunResult]) -> Table:
             is_best = name in known and known[name] == (max if more_is_better else min)(values)
             is_best = is_best and name not in not_compared
             row.append(Text(form.format(known[name]) if name in known else "–", style="bold" if is_best else ""))
-        rows.append([*row, format_seconds(run.seconds)])
+        rows.append([*row, format_seconds(run.seconds), *_describe_cost(run, reserved)])
     columns = ["run", "#params", "#steps", "#positions", *(f"#{label}" for label, *_ in shown), "#time"]
+    columns += [] if reserved is None else [f"#{reserved.label} time"]
     return build_table("Runs, on held-out records" if shown else "Runs", columns, rows)
+
+
+def _describe_cost(run: RunResult, reserved: Reserved | None) -> list[str]:
+    if reserved is None:
+        return []
+    cost = reserved.measure(run)
+    return ["–" if cost is None else format_seconds(cost)]
 
 
 def _describe_steps(run: RunResult, *, is_whole: bool) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tools.logs import Quiet, Verbose, set_up_logs
+from tools.places import Address, Cpus, Gpus, Place, choose_place
 
 if TYPE_CHECKING:
     from trainer.config import TrainSettings
@@ -20,6 +21,12 @@ def command(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings that replace the file's.")
     ] = None,
+    address: Address = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes on the cluster that share the run; 1 unless given.")
+    ] = None,
+    cpus: Cpus = None,
+    gpus: Gpus = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -27,13 +34,15 @@ def command(
     """Train a student from a store.
 
     Run again, it goes on from its newest checkpoint. Ends with exit code 4 when it was asked to stop (SIGTERM) before
-    it was done.
+    it was done. On a Ray cluster the output folder is one that all machines share; workers that are lost begin again
+    from its newest checkpoint.
 
     \b
     Example:
       logitstore train train.yaml
       logitstore train train.yaml loss.weight=0.9 steps=5000
       torchrun --nproc-per-node 8 -m tools.train train.yaml
+      logitstore train train.yaml --address auto --workers 16
     """
     set_up_logs(quiet=quiet, verbose=verbose)
     from logitstore.settings import read_settings
@@ -43,7 +52,8 @@ def command(
 
     settings = read_settings(TrainSettings, settings_file, overrides or [])
     is_first_rank = os.environ.get("RANK", "0") == "0"
-    report = run_train(settings, quiet=quiet or not is_first_rank)
+    place = choose_place(address, workers, cpus, gpus)
+    report = run_train(settings, quiet=quiet or not is_first_rank, place=place)
     if is_first_rank and as_json:
         print_json(describe_report(report))
     elif is_first_rank:
@@ -61,20 +71,25 @@ def command(
         raise typer.Exit(4)
 
 
-def run_train(settings: TrainSettings, *, quiet: bool = False) -> TrainReport:
-    """Train with a progress bar on stderr; see `trainer.loop.train`."""
+def run_train(settings: TrainSettings, *, quiet: bool = False, place: Place | None = None) -> TrainReport:
+    """Train with a progress bar on stderr; see `trainer.loop.train`, and `cluster.train.run_train` for a cluster."""
     from tools.look import show_progress
-    from trainer.loop import train
+    from trainer.progress import StepResult
 
     with show_progress("train", quiet=quiet) as report:
-        return train(
-            settings,
-            on_step=lambda result: report(
-                result.step,
-                settings.steps,
-                f"loss {result.loss:.3f}  KL {result.bucket_kl:.3f}  text {result.cross_entropy:.3f}",
-            ),
-        )
+
+        def show(result: StepResult) -> None:
+            figures = f"loss {result.loss:.3f}  KL {result.bucket_kl:.3f}  text {result.cross_entropy:.3f}"
+            report(result.step, settings.steps, figures)
+
+        if place is None:
+            from trainer.loop import train
+
+            return train(settings, on_step=show)
+        with place.join() as demand:
+            from cluster.train import run_train
+
+            return run_train(settings, demand=demand, workers=place.workers or 1, on_step=show)
 
 
 def describe_report(report: TrainReport) -> dict[str, object]:

@@ -19,7 +19,7 @@ from trainer.config import TrainSettings
 from trainer.distributed import join_processes
 from trainer.divergence import check_finite
 from trainer.evaluate import Evaluation
-from trainer.interrupt import listen_for_stop
+from trainer.interrupt import StopRequest, listen_for_stop
 from trainer.loss.objective import DistillationLoss
 from trainer.model_card import build_model_card
 from trainer.optimizer import compute_distillation_weight, compute_learning_rate_scale, set_learning_rate
@@ -55,7 +55,12 @@ class TrainReport:
     skipped_steps: int = 0
 
 
-def train(settings: TrainSettings, *, on_step: Callable[[StepResult], None] | None = None) -> TrainReport:
+def train(
+    settings: TrainSettings,
+    *,
+    on_step: Callable[[StepResult], None] | None = None,
+    stop_request: StopRequest | None = None,
+) -> TrainReport:
     """Train a student to the end of its settings, or until somebody asks it to stop (SIGTERM).
 
     Finds a checkpoint of the same run in the output folder and goes on from it: bit for bit as if it had never
@@ -64,6 +69,8 @@ def train(settings: TrainSettings, *, on_step: Callable[[StepResult], None] | No
     Args:
         settings: of the run.
         on_step: called on every rank after every step.
+        stop_request: through which somebody else than SIGTERM may ask; given outside the main thread, which alone
+            hears signals.
 
     Raises:
         ConfigError: settings and the number of processes, or the store, do not go together.
@@ -72,7 +79,7 @@ def train(settings: TrainSettings, *, on_step: Callable[[StepResult], None] | No
         CorruptShardError, OutsideError: the store cannot be read.
     """
     with ExitStack() as stack:
-        stop_request = stack.enter_context(listen_for_stop())
+        stop_request = stop_request or stack.enter_context(listen_for_stop())
         processes = stack.enter_context(join_processes(settings.device))
         run = prepare_run(settings, processes)
         stack.callback(run.close)

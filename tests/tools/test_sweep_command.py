@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,34 @@ def test_sweep_shows_every_run_and_ends_as_its_runs_did(
     found = logitstore.json("sweep", settings, exit_code=exit_code)
     assert [run["name"] for run in found["runs"]] == [run.name for run in report.runs]
     assert Path(found["plot"]).read_text(encoding="utf-8").startswith("<?xml")
+
+
+def test_sweep_on_a_cluster_shows_what_its_runs_cost(settings: Path, logitstore: Any, monkeypatch: Any) -> None:
+    report = build_report(settings.parent, interrupted=False)
+    runs = [run.model_copy(update={"cpus": 4.0, "gpus": 0.5}) for run in report.runs[:-1]] + [report.runs[-1]]
+    on_cluster = replace(report, runs=runs)
+    monkeypatch.setattr("trainer.sweep.training.train_sweep", lambda sweep, on_step: on_cluster)
+    monkeypatch.setenv("COLUMNS", "170")
+    text, _ = logitstore("sweep", settings)
+    assert "GPU time" in text
+    rows = {words[0]: " ".join(words[-6:]) for line in text.splitlines() if (words := line.split())}
+    assert rows["small-kl-seed0"].endswith("1 min 11 s 36 s")
+    assert rows["large-text-seed1"].endswith("1 min 11 s –")
+    picture = (settings.parent / "sweep.svg").read_text(encoding="utf-8")
+    assert ">GPU seconds<" in picture
+    assert ">parameters<" in picture
+
+
+def test_runs_of_one_stream_are_divided_among_workers(settings: Path, logitstore: Any) -> None:
+    axes = "axes={rate: {one: {}, two: {optimizer: {learning_rate: 1.0e-3}}, three: {seed: 3}}}"
+    for workers, expected in ((1, [6]), (2, [3, 3]), (3, [2, 2, 2]), (4, [1, 2, 1, 2]), (9, [1] * 6)):
+        streams = logitstore.json("sweep", settings, "--dry-run", "--workers", str(workers), axes)["streams"]
+        assert [len(stream) for stream in streams] == expected
+
+
+def test_cpus_of_no_cluster_are_refused(settings: Path, logitstore: Any) -> None:
+    _, errors = logitstore("sweep", settings, "--cpus", "2", exit_code=2)
+    assert "--address or --workers" in errors
 
 
 def test_plot_has_every_student_and_the_same_bytes_twice(tmp_path: Path) -> None:

@@ -223,5 +223,5 @@ def test_means_are_over_finished_runs_of_several_seeds(tmp_path: Path) -> None:
     assert lines[0].startswith(
         "name,student,seed,status,parameters,steps,skipped_steps,positions,lm_loss,bits_per_byte,bucket_kl"
     )
-    assert lines[1] == "a0,a,0,finished,,0,0,0,3.0,,1.5,,,,,,1.5,a0,"
-    assert lines[4] == "b1,b,1,failed,,0,0,0,,,,,,,,,1.5,b1,"
+    assert lines[1] == "a0,a,0,finished,,0,0,0,3.0,,1.5,,,,,,1.5,,,a0,"
+    assert lines[4] == "b1,b,1,failed,,0,0,0,,,,,,,,,1.5,,,b1,"

@@ -29,10 +29,18 @@ def write_block(number: int, folder: Path) -> Path:
 
 def test_sweeps_of_the_page_are_valid(tmp_path: Path) -> None:
     found = []
-    for number in range(len(BLOCKS)):
+    for number in range(3):
         sweep = read_sweep(write_block(number, tmp_path))
         found.append((len(sweep.runs), len(group_runs(sweep.runs, sweep.runs_at_once))))
     assert found == [(8, 1), (12, 6), (3, 1)]
+
+
+def test_cache_of_the_page_is_one(tmp_path: Path) -> None:
+    [block] = BLOCKS[3:]
+    values = {**yaml.safe_load(BLOCKS[2]), **yaml.safe_load(block)}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    caches = {run.settings.cache for run in read_sweep(tmp_path / "sweep.yaml").runs}
+    assert [cache.max_bytes for cache in caches if cache is not None] == [200_000_000_000]
 
 
 def test_page_names_every_key_of_a_sweep() -> None:

@@ -21,7 +21,7 @@ from trainer.run import Run, prepare_run
 from trainer.run_logs import RunLogs
 from trainer.run_results import evaluate_run, save_run
 from trainer.sweep.feed import RunFeed, SharedFeed
-from trainer.sweep.record import SweepRecord
+from trainer.sweep.record import RunRecord
 from trainer.sweep.settings import SweepRun
 
 _LOGGER = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class GroupTraining:
 
     processes: Processes
     stop_request: StopRequest
-    record: SweepRecord
+    record: RunRecord
     on_step: OnStep | None = None
 
     def should_stop(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -61,6 +62,30 @@ def group_runs(runs: Iterable[SweepRun], runs_at_once: int | None = None) -> lis
     if runs_at_once is None:
         return list(groups.values())
     return [part for group in groups.values() for part in split(group, runs_at_once)]
+
+
+def plan_groups(
+    runs: Sequence[SweepRun], runs_at_once: int | None = None, *, workers: int | None = None
+) -> list[list[SweepRun]]:
+    """Runs by the stream that they share, in as many groups as there are workers if there are enough runs.
+
+    Args:
+        runs: of a sweep.
+        runs_at_once: how many a group may have; None is any number.
+        workers: that train groups side by side; None leaves these as they are.
+    """
+    groups = group_runs(runs, runs_at_once)
+    parts = [1] * len(groups)
+    while sum(parts) < min(workers or 0, len(runs)):
+        largest = max(range(len(groups)), key=lambda number: len(groups[number]) / parts[number])
+        parts[largest] += 1
+    return [part for group, count in zip(groups, parts, strict=True) for part in divide(group, count)]
+
+
+def divide(runs: Sequence[SweepRun], count: int) -> list[list[SweepRun]]:
+    """Runs in so many parts, none of which has two more than another."""
+    bounds = [len(runs) * number // count for number in range(count + 1)]
+    return [list(runs[start:stop]) for start, stop in itertools.pairwise(bounds)]
 
 
 def split(runs: Sequence[SweepRun], size: int) -> list[list[SweepRun]]:

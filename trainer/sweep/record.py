@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -39,6 +39,7 @@ class RunResult(BaseModel):
         positions: trained on.
         parameters: of the student; None before it has been built.
         seconds: spent on this run, evaluations and checkpoints included, and what others did beside it left out.
+        cpus, gpus: of a cluster, that were reserved for its process meanwhile; None of a run without one.
         evaluation: figures on the held-out records by name; None without such, or before the end.
         gap_closed: percent of the way from the sweep's student of the text alone to the teacher, see `compute_gaps`.
         student: folder of the finished student.
@@ -59,6 +60,8 @@ class RunResult(BaseModel):
     positions: int = 0
     parameters: int | None = None
     seconds: float = 0.0
+    cpus: float | None = None
+    gpus: float | None = None
     evaluation: dict[str, float] | None = None
     gap_closed: float | None = None
     student: str | None = None
@@ -83,6 +86,23 @@ class _Content(BaseModel):
 
     latest: dict[str, int]
     runs: list[RunResult]
+
+
+class RunRecord(Protocol):
+    """What the training of a group needs of a sweep's record."""
+
+    @property
+    def results(self) -> Mapping[str, RunResult]:
+        """Of the group's runs, by name."""
+
+    def find_settings(self, run: SweepRun) -> TrainSettings:
+        """Settings of a run with the numbers of its manifests."""
+
+    def update(self, name: str, **changes: Any) -> None:
+        """Change what is known of a run."""
+
+    def describe_run(self, settings: TrainSettings) -> dict[str, Any]:
+        """What makes a run the one it is."""
 
 
 class SweepRecord:

@@ -123,7 +123,7 @@ def write_csv(results: Sequence[RunResult], path: Path) -> None:
 
 def _list_lines(results: Sequence[RunResult]) -> Iterator[list[object]]:
     labels = list(dict.fromkeys(name for result in results for name in result.labels))
-    yield ["name", *labels, *_RUN_COLUMNS, *FIGURES, "seconds", "output", "error"]
+    yield ["name", *labels, *_RUN_COLUMNS, *FIGURES, "seconds", "cpus", "gpus", "output", "error"]
     for result in results:
         figures = list_figures(result)
         yield [
@@ -132,6 +132,8 @@ def _list_lines(results: Sequence[RunResult]) -> Iterator[list[object]]:
             *(getattr(result, name) for name in _RUN_COLUMNS),
             *(figures.get(name) for name in FIGURES),
             round(result.seconds, 3),
+            result.cpus,
+            result.gpus,
             result.output,
             result.error,
         ]

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.distributed import join_processes
+from trainer.distributed import Processes, join_processes
 from trainer.interrupt import listen_for_stop
 from trainer.sweep.group import GroupTraining, OnStep
 from trainer.sweep.plan import group_runs
@@ -66,12 +66,18 @@ def train_sweep(sweep: Sweep, *, on_step: OnStep | None = None) -> SweepReport:
                 training = GroupTraining(processes=of_group, stop_request=stop_request, record=record, on_step=on_step)
                 if left and not training.should_stop():
                     training.train(left)
-        results = compute_gaps(list(record.results.values()), {run.name: run.settings for run in sweep.runs})
-        means = compute_means(results)
-        record.finish(results, means)
-        if processes.rank == 0:
-            write_csv(results, sweep.output / "sweep.csv")
+        report = finish_sweep(sweep, record, processes)
         processes.wait_for_all()
+    return report
+
+
+def finish_sweep(sweep: Sweep, record: SweepRecord, processes: Processes) -> SweepReport:
+    """Put side by side what the runs of a sweep reached, and write it down on rank 0."""
+    results = compute_gaps(list(record.results.values()), {run.name: run.settings for run in sweep.runs})
+    means = compute_means(results)
+    record.finish(results, means)
+    if processes.rank == 0:
+        write_csv(results, sweep.output / "sweep.csv")
     return SweepReport(
         output=sweep.output,
         runs=results,
