@@ -13,7 +13,7 @@ from tools.charts import DotRow, Line, build_dot_chart, build_line_chart
 from tools.curves import read_curves
 from tools.look import print_note
 from tools.page import build_charts, build_facts, build_page, build_table, choose_style
-from tools.report import StudentResult, build_cells, build_comparison, build_curves, build_reliability
+from tools.student_results import StudentResult, build_cells, build_comparison, build_curves, build_reliability
 from trainer.config import EvaluateSettings
 from trainer.evaluation import EntropyFigures, Evaluation, GroupFigures
 

@@ -66,7 +66,7 @@ def render_comparison(evaluations: Mapping[str, Evaluation], title: str) -> Tabl
     """Students by name, side by side; the best figure of a row in bold."""
     from rich.text import Text
 
-    from tools.report import find_best, list_compared
+    from tools.student_results import find_best, list_compared
 
     rows = []
     for label, values, form, more_is_better, do_compare in list_compared(list(evaluations.values())):

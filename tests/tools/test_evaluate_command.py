@@ -24,7 +24,7 @@ from logitstore.store.logit_store import LogitStore
 from logitstore.store.manifest import write_manifest
 from tools.evaluate import name_students
 from tools.evaluation_report import EvaluationReport, build_evaluation_report
-from tools.report import StudentResult, build_comparison, list_compared
+from tools.student_results import StudentResult, build_comparison, list_compared
 from trainer.evaluate import evaluate_records
 from trainer.evaluation import EntropyFigures, Evaluation, GroupFigures
 from trainer.harness import TaskFigure, list_figures, run_harness

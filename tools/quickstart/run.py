@@ -23,7 +23,7 @@ from logitstore.store.logit_store import LogitStore
 from logitstore.store.verify import verify_store
 from tools.quickstart.corpus import write_corpus
 from tools.quickstart.students import train_students
-from tools.report import COMPARED_FIGURES, ReportData, build_report
+from tools.student_results import COMPARED_FIGURES, ReportData, build_report
 from trainer.evaluate import Evaluation
 
 HERE = Path(__file__).parent

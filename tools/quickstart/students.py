@@ -17,7 +17,7 @@ from rich.console import Console
 
 from logitstore.errors import TrainingError
 from tools.curves import read_curves, read_metrics
-from tools.report import StudentResult
+from tools.student_results import StudentResult
 from trainer.evaluate import Evaluation
 
 _SECONDS_BETWEEN_LOOKS = 0.5

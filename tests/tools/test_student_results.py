@@ -13,7 +13,7 @@ import pytest
 
 from tools.charts import Line, build_bar_chart, build_line_chart, compute_ticks
 from tools.curves import read_curves
-from tools.report import Curve, ReportData, StudentResult, build_cells, build_report, find_best
+from tools.student_results import Curve, ReportData, StudentResult, build_cells, build_report, find_best
 from trainer.evaluate import Evaluation
 
 
