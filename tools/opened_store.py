@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
+from logitstore.errors import CorruptShardError, IncompatibleStoreError
+from logitstore.store.commit import COMMITS, list_unit_files, read_commits
 from logitstore.store.files import StoreFiles
 from logitstore.store.logit_store import LogitStore
-from logitstore.store.manifest import list_manifests, read_manifest
+from logitstore.store.manifest import Manifest, list_manifests, read_manifest, take_snapshot
+from logitstore.store.plan import read_plan
 from tools.look import count_things
 
 
@@ -19,12 +24,14 @@ class OpenedStore:
         files: its files.
         manifest: number of the manifest that lists exactly these records, None where there is none (yet).
         newer_units: committed units that the newest manifest does not list.
+        unreadable: what is damaged and left out, a line each; see `open_readable`.
     """
 
     store: LogitStore
     files: StoreFiles
     manifest: int | None
     newer_units: int
+    unreadable: tuple[str, ...] = ()
 
 
 def open_store(url: str, manifest: int | None) -> OpenedStore:
@@ -45,6 +52,54 @@ def open_store(url: str, manifest: int | None) -> OpenedStore:
     is_listed = newest.lists_the_same(live.manifest)
     newer_units = len(committed - set(newest.units.tolist()))
     return OpenedStore(store=live, files=files, manifest=numbers[-1] if is_listed else None, newer_units=newer_units)
+
+
+def open_readable(url: str, manifest: int | None) -> OpenedStore:
+    """As `open_store`; of a damaged store whatever is whole: the newest manifest that can be read, and newer commits.
+
+    Raises:
+        StoreNotFoundError, IncompatibleStoreError, CorruptShardError: there is no store, or its plan, without which
+            nothing can be told, or the manifest asked for is damaged.
+    """
+    try:
+        return open_store(url, manifest)
+    except CorruptShardError:
+        if manifest is not None:
+            raise
+    files = StoreFiles(url)
+    plan = read_plan(files)
+    fingerprint = plan.compute_fingerprint()
+    unreadable: list[str] = []
+    whole = _find_whole_manifest(files, unreadable)
+    listed = np.zeros(0, np.int64) if whole is None else whole.units
+    newer = np.setdiff1d(list_unit_files(files, COMMITS).units, listed)
+    damaged = [unit for unit in newer.tolist() if not _is_whole_commit(files, unit, fingerprint, unreadable)]
+    snapshot = take_snapshot(files, fingerprint, whole, without=damaged)
+    return OpenedStore(
+        store=LogitStore(files, plan, snapshot),
+        files=files,
+        manifest=whole.number if whole is not None and whole.lists_the_same(snapshot) else None,
+        newer_units=len(newer) - len(damaged),
+        unreadable=tuple(unreadable),
+    )
+
+
+def _find_whole_manifest(files: StoreFiles, unreadable: list[str]) -> Manifest | None:
+    for number in reversed(list_manifests(files)):
+        try:
+            return read_manifest(files, number)
+        except (CorruptShardError, IncompatibleStoreError) as error:
+            unreadable.append(str(error))
+    return None
+
+
+def _is_whole_commit(files: StoreFiles, unit: int, fingerprint: str, unreadable: list[str]) -> bool:
+    try:
+        list(read_commits(files, np.array([unit]), fingerprint))
+    except (CorruptShardError, IncompatibleStoreError) as error:
+        unreadable.append(str(error))
+        return False
+    return True
 
 
 def describe_manifest(manifest: int | None, newer_units: int) -> str:

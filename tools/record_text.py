@@ -26,19 +26,17 @@ def render_record_view(view: RecordView) -> list[RenderableType]:
         parts.append(Text(f"Ids instead of text: {view.tokenizer_trouble}", style="yellow"))
     else:
         parts += [_build_text(view), _build_legend()]
-    parts.append(_build_positions(view))
+    if view.positions:
+        parts.append(_build_positions(view))
     return parts
 
 
 def _build_head(view: RecordView) -> Table:
-    first, last = view.positions[0].position, view.positions[-1].position
-    shown = f"{first} to {last} of {format_count(view.num_positions)}"
-    if len(view.positions) < view.num_positions:
-        shown += " (--positions START:STOP shows others)"
+    first, last = (view.positions[0].position, view.positions[-1].position) if view.positions else (0, 0)
     facts: list[tuple[str, object]] = [
         ("record", f"{view.address} of {view.store}"),
         ("source", view.source),
-        ("positions", shown),
+        ("positions", _describe_shown(view, first, last)),
         ("entropy", format_entropy(view.mean_entropy)),
         ("teacher's loss", format_loss(view.teacher_loss)),
     ]
@@ -50,6 +48,16 @@ def _build_head(view: RecordView) -> Table:
             label = f", label {make_visible(part.label)}" if part.label else ""
             facts.append(("document", f"{name} (tokens {part.start} to {stop - 1}{continued}{label})"))
     return build_facts(facts)
+
+
+def _describe_shown(view: RecordView, first: int, last: int) -> str:
+    if view.searched is not None:
+        shown = f"{format_count(view.found or 0)} of {format_count(view.searched)} that were searched"
+        if len(view.positions) < (view.found or 0):
+            shown += f", the first {len(view.positions)} shown (--positions START:STOP shows all of a range)"
+        return shown
+    shown = f"{first} to {last} of {format_count(view.num_positions)}"
+    return shown if len(view.positions) == view.num_positions else shown + " (--positions START:STOP shows others)"
 
 
 def _build_text(view: RecordView) -> Text:

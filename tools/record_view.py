@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import numpy as np
 
-from logitstore.errors import ConfigError, StoreNotFoundError
-from logitstore.records import Record, RecordAddress
+from logitstore.records import Record
 from logitstore.settings import Settings
-from logitstore.store.logit_store import LogitStore
+from logitstore.teacher.protocol import TeacherIdentity
 from tools.opened_store import open_store
+from tools.position_filter import PositionFilter
+from tools.record_choice import FIRST_POSITIONS, find_record, parse_positions
 from tools.token_text import FindText, load_find_text
 
-_FIRST_POSITIONS = 32
 # What stands for bytes that are no character by themselves.
 _BROKEN = "\ufffd"
 _LONGEST_CHARACTER = 4  # bytes, and so tokens
@@ -93,8 +93,10 @@ class RecordView(Settings):
     Attributes:
         store: its address.
         address: unit/index of the record.
-        source: the corpus source of its unit.
+        source: the corpus source of its unit; None of a shard without its store.
         num_positions: of the whole record.
+        searched: positions that a filter was held to, and of which `positions` are the first that pass; None without.
+        found: how many of them pass; None likewise.
         mean_entropy, teacher_loss: nats, over the whole record; tokens held impossible are left out of the loss;
             None where they are unknown.
         documents: that the record is made of.
@@ -106,8 +108,10 @@ class RecordView(Settings):
 
     store: str
     address: str
-    source: str
+    source: str | None
     num_positions: int
+    searched: int | None
+    found: int | None
     mean_entropy: float | None
     teacher_loss: float | None
     documents: tuple[DocumentPart, ...]
@@ -125,86 +129,86 @@ def read_record_view(
     top: int = 5,
     manifest: int | None = None,
     tokenizer: str | None = None,
+    only: PositionFilter | None = None,
 ) -> RecordView:
     """Read one record and put its signal into words.
 
     Args:
         url: of the store.
         record: `N`, 0-based in address order, or `UNIT/INDEX`.
-        positions: `START:STOP`, half-open, either may be left out; None for the first 32.
+        positions: `START:STOP`, half-open, either may be left out; None for the first 32 (that pass the filter).
         top: candidates at each position.
         manifest: number of a manifest; None for what is committed now.
         tokenizer: folder or name of a tokenizer in place of the teacher's.
+        only: which positions to list; None for all.
 
     Raises:
-        ConfigError: `record` or `positions` cannot be understood.
+        ConfigError: `record` or `positions` cannot be understood, or the filter needs a tokenizer and there is none.
         StoreNotFoundError: there is no store, or no such record.
         CorruptShardError: the record's bytes are damaged.
     """
     store = open_store(url, manifest).store
     found = find_record(store, record)
-    chosen = parse_positions(positions, found.num_positions)
-    name = tokenizer or store.plan.teacher.tokenizer_name
-    find_text, trouble = load_find_text(name, store.plan.teacher, may_fetch=tokenizer is not None)
     plan = store.plan
-    unknown = plan.unknown_scalars
-    logprobs = found.signal.next_token_logprob.astype(np.float64)
-    possible = logprobs[np.isfinite(logprobs)]
-    return RecordView(
-        store=store.url,
-        address=str(found.address),
+    return build_record_view(
+        found,
+        positions,
+        url=store.url,
         source=plan.build_unit_table().source_of(found.address.unit, plan.files),
-        num_positions=found.num_positions,
-        mean_entropy=None if "entropy" in unknown else float(found.signal.entropy.mean(dtype=np.float64)),
-        teacher_loss=None if "next_token_logprob" in unknown else float(-possible.mean()) if len(possible) else 0.0,
-        documents=tuple(
-            DocumentPart(document_id=d.document_id, start=d.start, document_offset=d.document_offset, label=d.label)
-            for d in found.documents
-        ),
-        tokenizer=name if trouble is None else None,
-        tokenizer_trouble=trouble,
-        text=tuple(cut_text(found, chosen, find_text)),
-        positions=tuple(view_position(found, position, find_text, top) for position in chosen),
+        teacher=plan.teacher,
+        unknown=plan.unknown_scalars,
+        top=top,
+        tokenizer=tokenizer,
+        only=only,
     )
 
 
-def find_record(store: LogitStore, record: str) -> Record:
-    """The record that `N` or `UNIT/INDEX` names.
+def build_record_view(
+    record: Record,
+    positions: str | None,
+    *,
+    url: str,
+    source: str | None,
+    teacher: TeacherIdentity | None,
+    unknown: Collection[str] = (),
+    top: int,
+    tokenizer: str | None,
+    only: PositionFilter | None,
+) -> RecordView:
+    """A record's signal in words; see `read_record_view`.
 
-    Raises:
-        ConfigError: it is neither.
-        StoreNotFoundError: there is no such record.
+    Args:
+        url, source, teacher: where it is from, and whose words these are; None where nobody says.
+        unknown: columns of scalars that the store does not know.
     """
-    unit, slash, index = record.partition("/")
-    try:
-        numbers = [int(unit), int(index)] if slash else [int(record)]
-    except ValueError:
-        raise ConfigError(f"--record {record!r}: expected N or UNIT/INDEX, such as 12 or 3/17") from None
-    if slash:
-        return store.find(RecordAddress(unit=numbers[0], index=numbers[1]))
-    if not -len(store) <= numbers[0] < len(store):
-        raise StoreNotFoundError(f"{store.url}: no record {record}: the store holds {len(store):,} records, from 0")
-    return store[numbers[0]]
-
-
-def parse_positions(text: str | None, num_positions: int) -> range:
-    """The positions that `START:STOP` names in a record, as far as it has them.
-
-    Raises:
-        ConfigError: the text is no range, or names no position of the record.
-    """
-    if text is None:
-        return range(min(num_positions, _FIRST_POSITIONS))
-    start, colon, stop = text.partition(":")
-    try:
-        first = int(start or 0)
-        last = (int(stop) if stop else num_positions) if colon else first + 1
-    except ValueError:
-        raise ConfigError(f"--positions {text!r}: expected START:STOP, such as 100:140") from None
-    chosen = range(first, min(last, num_positions))
-    if first < 0 or not chosen:
-        raise ConfigError(f"--positions {text!r}: expected positions from 0 to {num_positions}, found none of them")
-    return chosen
+    chosen = parse_positions(positions, record.num_positions, is_search=only is not None)
+    name = tokenizer or (teacher.tokenizer_name if teacher is not None else None)
+    find_text, trouble = load_find_text(name, teacher, may_fetch=tokenizer is not None)
+    listed, num_found = list(chosen), None
+    if only is not None:
+        listed = only.find(record, chosen, None if trouble is not None else find_text)
+        num_found = len(listed)
+        listed = listed[:FIRST_POSITIONS] if positions is None else listed
+    logprobs = record.signal.next_token_logprob.astype(np.float64)
+    possible = logprobs[np.isfinite(logprobs)]
+    return RecordView(
+        store=url,
+        address=str(record.address),
+        source=source,
+        num_positions=record.num_positions,
+        searched=None if only is None else len(chosen),
+        found=num_found,
+        mean_entropy=None if "entropy" in unknown else float(record.signal.entropy.mean(dtype=np.float64)),
+        teacher_loss=None if "next_token_logprob" in unknown else float(-possible.mean()) if len(possible) else 0.0,
+        documents=tuple(
+            DocumentPart(document_id=d.document_id, start=d.start, document_offset=d.document_offset, label=d.label)
+            for d in record.documents
+        ),
+        tokenizer=name if trouble is None else None,
+        tokenizer_trouble=trouble,
+        text=tuple(cut_text(record, chosen, find_text)),
+        positions=tuple(view_position(record, position, find_text, top) for position in listed),
+    )
 
 
 def view_position(record: Record, position: int, find_text: FindText, top: int) -> PositionView:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from logitstore.errors import CorruptShardError, StoreNotFoundError
@@ -46,8 +47,20 @@ class ShardView(Settings):
     columns: tuple[ColumnFigures, ...]
 
 
-def read_shard_view(url: str) -> ShardView:
-    """Look at one shard file; reads its footer only.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class OpenedShard:
+    """A shard of which the footer was read: `name` in `files`, its size and that of the footer."""
+
+    files: StoreFiles
+    name: str
+    bytes: int
+    footer_bytes: int
+    metadata: pq.FileMetaData
+    header: ShardHeader
+
+
+def open_shard(url: str) -> OpenedShard:
+    """Read the footer of a shard file.
 
     Raises:
         StoreNotFoundError: there is no such file.
@@ -66,14 +79,25 @@ def read_shard_view(url: str) -> ShardView:
         )
     footer = files.read(name, size - length - _CLOSING_BYTES, size)
     metadata, header = read_footer(footer, url)
+    return OpenedShard(files=files, name=name, bytes=size, footer_bytes=len(footer), metadata=metadata, header=header)
+
+
+def read_shard_view(url: str) -> ShardView:
+    """Look at one shard file; reads its footer only.
+
+    Raises:
+        StoreNotFoundError, CorruptShardError, IncompatibleStoreError: as in `open_shard`.
+    """
+    shard = open_shard(url)
+    metadata, size = shard.metadata, shard.bytes
     columns = _describe_columns(metadata)
     values = {column.name: column.values for column in columns}
     positions = values["loss_mask"]
     return ShardView(
         path=url,
-        header=header,
+        header=shard.header,
         bytes=size,
-        footer_bytes=len(footer),
+        footer_bytes=shard.footer_bytes,
         records=metadata.num_rows,
         row_groups=metadata.num_row_groups,
         positions=positions,

@@ -15,9 +15,9 @@ from logitstore.settings import Settings
 from logitstore.store.aligned_records import AlignedBatch, AlignedRecord
 from logitstore.store.aligned_stores import AlignedStores
 from logitstore.store.logit_store import LogitStore
+from tools.method_text import describe_method
 from tools.opened_store import open_store
 from tools.record_view import PositionView, cut_text, view_position
-from tools.store_overview import describe_method
 from tools.token_text import FindText, load_find_text
 
 _SHARES = (0.5, 0.9, 0.99, 0.999)

@@ -22,7 +22,8 @@ from tools.look import (
     format_loss,
     format_share,
 )
-from tools.opened_store import OpenedStore, describe_manifest, open_store
+from tools.method_text import describe_method
+from tools.opened_store import OpenedStore, describe_manifest, open_readable
 from tools.status_view import describe_documents
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class StoreOverview(Settings):
         documents, recorded_documents, dead_letters: read; used; not used, by reason.
         label_field: what the labels of documents were read from; None where they have none.
         sources: by corpus source.
+        unreadable: what is damaged and not counted, a line each.
     """
 
     store: str
@@ -99,15 +101,16 @@ class StoreOverview(Settings):
     dead_letters: dict[str, int]
     label_field: str | None
     sources: tuple[SourceFigures, ...]
+    unreadable: tuple[str, ...]
 
 
 def read_overview(url: str, manifest: int | None = None) -> StoreOverview:
-    """Look at a store; reads its plan, manifest and commits that are newer, and no shard.
+    """Look at a store; reads plan, manifest and commits that are newer, no shard. Of a damaged one what is whole.
 
     Raises:
         StoreNotFoundError, IncompatibleStoreError, CorruptShardError: there is no store, or it cannot be read.
     """
-    opened = open_store(url, manifest)
+    opened = open_readable(url, manifest)
     store, plan = opened.store, opened.store.plan
     statistics = store.compute_statistics()
     num_bytes = statistics.bytes + _count_bookkeeping_bytes(opened)
@@ -145,6 +148,7 @@ def read_overview(url: str, manifest: int | None = None) -> StoreOverview:
         dead_letters=statistics.dead_letters,
         label_field=plan.corpus.label_field,
         sources=tuple(_describe_source(name, store.compute_statistics(name)) for name in store.list_sources()),
+        unreadable=opened.unreadable,
     )
 
 
@@ -214,24 +218,6 @@ def _build_head(overview: StoreOverview) -> Table:
             ("teacher's loss", _describe_loss(overview)),
         ]
     return build_facts(facts)
-
-
-def describe_method(method: Method) -> str:
-    """A capture method in a few words, and the temperatures that it keeps normalizers at."""
-    temperatures = ", ".join(f"{temperature:g}" for temperature in method.temperatures)
-    return _describe_support(method) + (f"; normalizers at temperature {temperatures}" if temperatures else "")
-
-
-def _describe_support(method: Method) -> str:
-    if method.kind == "sample":
-        return f"sample, {method.num_draws} draws per position"
-    if method.kind == "head_tail":
-        return f"head and tail, from probability {method.threshold:.3g} on"
-    if method.kind == "given_ids":
-        return "ids that the corpus gives"
-    if method.top_p is None:
-        return f"top-k, k = {method.k}"
-    return f"top-k, k = {method.min_k} to {method.k}, as far as mass {method.top_p:g}"
 
 
 def _describe_documents(overview: StoreOverview) -> str:

@@ -28,8 +28,18 @@ def find_tokenizer_folder(name: str) -> str | None:
     return None
 
 
-def load_find_text(name: str, teacher: TeacherIdentity, *, may_fetch: bool) -> tuple[FindText, str | None]:
-    """What turns ids into text, and why it cannot where it cannot."""
+def load_find_text(
+    name: str | None, teacher: TeacherIdentity | None, *, may_fetch: bool
+) -> tuple[FindText, str | None]:
+    """What turns ids into text, and why it cannot where it cannot.
+
+    Args:
+        name: folder or name of the tokenizer; None where nobody says which it was.
+        teacher: whose tokenizer it has to be; None where that is not known either.
+        may_fetch: whether to ask a hub for it.
+    """
+    if name is None:
+        return _find_nothing, "a shard does not say which tokenizer it is of; --tokenizer FOLDER names one"
     try:
         from logitstore.teacher.tokenizer import load_tokenizer
     except ModuleNotFoundError as error:
@@ -41,7 +51,7 @@ def load_find_text(name: str, teacher: TeacherIdentity, *, may_fetch: bool) -> t
         tokenizer = load_tokenizer(folder or name)
     except ConfigError as error:
         return _find_nothing, f"{error} (--tokenizer FOLDER names another)"
-    if tokenizer.fingerprint != teacher.tokenizer_fingerprint:
+    if teacher is not None and tokenizer.fingerprint != teacher.tokenizer_fingerprint:
         return _find_nothing, f"the tokenizer of {name!r} is not the one that the store was captured with"
 
     def find_text(before: int | None, token_ids: Sequence[int]) -> str:

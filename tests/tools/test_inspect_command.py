@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -86,14 +87,104 @@ def test_inspect_missing_manifest_is_named_with_those_there_are(growing_store: S
     assert "expected manifest 7, found manifests [1]" in stderr
 
 
-@pytest.mark.parametrize("path", ["plan.json", "manifest-000001.parquet", "commits/0000002.json"])
-def test_inspect_damaged_store_ends_with_3_and_names_the_object(
-    path: str, growing_store: StoreFiles, logitstore: Any
-) -> None:
-    Path(growing_store.url, path).write_bytes(b"{ damaged")
+def test_inspect_store_with_a_damaged_plan_ends_with_3_and_names_it(growing_store: StoreFiles, logitstore: Any) -> None:
+    Path(growing_store.url, "plan.json").write_bytes(b"{ damaged")
     stdout, stderr = logitstore("inspect", growing_store.url, "--json", exit_code=3)
     assert stdout == ""
-    assert path in stderr
+    assert "plan.json" in stderr
+
+
+@pytest.mark.parametrize(
+    ("paths", "records", "newer_units"),
+    [
+        (["manifest-000001.parquet"], 60, 3),
+        (["commits/0000002.json"], 40, 0),
+        (["manifest-000001.parquet", "commits/0000000.json"], 40, 2),
+    ],
+)
+def test_inspect_damaged_store_shows_what_is_whole_names_the_rest_and_ends_with_3(
+    paths: list[str], records: int, newer_units: int, growing_store: StoreFiles, logitstore: Any
+) -> None:
+    for path in paths:
+        Path(growing_store.url, path).write_bytes(b"{ damaged")
+    found = logitstore.json("inspect", growing_store.url, exit_code=3)
+    assert (found["records"], found["newer_units"]) == (records, newer_units)
+    assert len(found["unreadable"]) == len(paths)
+    _, stderr = logitstore("inspect", growing_store.url, exit_code=3)
+    for path, trouble in zip(paths, found["unreadable"], strict=True):
+        assert path in trouble
+        assert f"not counted: {trouble.splitlines()[0]}" in stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "passes"),
+    [
+        (["--min-entropy", 2.0], lambda p: p["entropy"] >= 2.0),
+        (["--min-surprise", 1.5], lambda p: -math.log(p["next_token_probability"]) >= 1.5),
+        (["--matching", "^ ?[a-f]"], lambda p: re.search("^ ?[a-f]", p["next_token"])),
+        (["--min-entropy", 1.0, "--matching", "e", "--positions", "2:9"], None),
+        (["--min-surprise", 1000], lambda p: False),
+    ],
+)
+def test_positions_are_chosen_by_what_is_asked_for(
+    options: list[Any], passes: Any, text_store: Callable[..., StoreFiles], logitstore: Any
+) -> None:
+    url = text_store(TEXT).url
+    every = logitstore.json("inspect", url, "--record", 0, "--positions", "0:")["positions"]
+    view = logitstore.json("inspect", url, "--record", 0, *options)
+    if passes is None:
+        every = every[2:9]
+        passes = lambda p: p["entropy"] >= 1.0 and "e" in p["next_token"]  # noqa: E731
+    expected = [position for position in every if passes(position)]
+    assert view["positions"] == expected
+    assert (view["searched"], view["found"]) == (len(every), len(expected))
+    assert (
+        f"{len(expected)} of {len(every)} that were searched" in logitstore("inspect", url, "--record", 0, *options)[0]
+    )
+
+
+def test_pattern_that_is_none_and_one_without_text_are_refused(
+    growing_store: StoreFiles, text_store: Callable[..., StoreFiles], logitstore: Any
+) -> None:
+    _, stderr = logitstore("inspect", text_store(TEXT).url, "--record", 0, "--matching", "(", exit_code=2)
+    assert "expected a regular expression" in stderr
+    _, stderr = logitstore("inspect", growing_store.url, "--record", 0, "--matching", "a", exit_code=2)
+    assert "expected a tokenizer to have text to match" in stderr
+    _, stderr = logitstore("inspect", growing_store.url, "--min-entropy", 1, exit_code=2)
+    assert "expected --record beside them" in stderr
+
+
+def test_record_of_a_shard_is_that_of_its_store(growing_store: StoreFiles, logitstore: Any, tmp_path: Path) -> None:
+    path = list_shards(growing_store)[1]
+    of_store = logitstore.json("inspect", growing_store.url, "--record", "1/17", "--positions", "0:")
+    of_shard = logitstore.json("inspect", path, "--record", "17", "--positions", "0:")
+    assert of_shard == {**of_store, "store": str(path)}
+    moved = tmp_path / "moved.parquet"
+    moved.write_bytes(path.read_bytes())
+    alone = logitstore.json("inspect", moved, "--record", "1/17", "--positions", "0:")
+    assert (alone["positions"], alone["source"]) == (of_store["positions"], None)
+    assert "--tokenizer FOLDER names one" in alone["tokenizer_trouble"]
+    for record, complaint in (("20", "1/0 to 1/19"), ("2/1", "1/0 to 1/19"), ("x", "expected N or UNIT/INDEX")):
+        assert complaint in logitstore("inspect", path, "--record", record, exit_code=2)[1]
+
+
+def test_record_of_a_damaged_shard_ends_with_3(
+    growing_store: StoreFiles, logitstore: Any, flip: Callable[[Path, int], None]
+) -> None:
+    path = list_shards(growing_store)[0]
+    flip(path, 300)
+    assert "row group 0" in logitstore("inspect", path, "--record", 0, exit_code=3)[1]
+
+
+def test_text_of_a_shards_record_is_found_through_its_store_or_a_tokenizer(
+    text_store: Callable[..., StoreFiles], teacher_folder: Path, tmp_path: Path, logitstore: Any
+) -> None:
+    [path] = list_shards(text_store(TEXT))
+    moved = tmp_path / "moved.parquet"
+    moved.write_bytes(path.read_bytes())
+    for arguments in ((path,), (moved, "--tokenizer", teacher_folder)):
+        view = logitstore.json("inspect", *arguments, "--record", 0, "--positions", "0:")
+        assert "".join(piece["text"] for piece in view["text"]) == TEXT
 
 
 def test_dead_letters_are_listed_with_unit_place_and_reason(growing_store: StoreFiles, logitstore: Any) -> None:
