@@ -30,7 +30,7 @@ from logitstore.teacher.draws import DrawKeys
 from logitstore.teacher.protocol import GivenIdsMethod, HeadTailMethod, Method, SampleMethod, TopKMethod
 from logitstore.teacher.signal_columns import SignalColumns
 from logitstore.teacher.sparsify import SparseRows, sparsify
-from tools.store_overview import describe_method
+from tools.method_text import describe_method
 
 GRID = (1.5, 2.0, 4.0, 100.0)
 METHODS: list[Method] = [
