@@ -12,6 +12,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -26,6 +27,13 @@ from logitstore.url_secrets import hide_secrets
 _LOG = logging.getLogger("logitstore.submit")
 _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 _HEADERS_VARIABLE = "RAY_JOB_HEADERS"  # as the `ray job` command has it
+# Uploads, and the ends of connections: nothing that a user can do anything about.
+_TALKATIVE = (
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.packaging",
+)
+_NOBODY = re.compile(r"Connection refused|timed out|Failed to connect|Failed to resolve|Cannot connect|No route")
 _REACH_SECONDS = 10.0
 _ANSWER_SECONDS = 120.0  # an upload is answered when it is stored
 _QUIET_SECONDS = 15.0
@@ -203,6 +211,8 @@ def _open(address: str | None) -> Any:
     import requests
     from ray.job_submission import JobSubmissionClient
 
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.WARNING)
     # Ray would let the environment win over the command line.
     hidden = dict.fromkeys(_ADDRESS_VARIABLES, "") if address is not None else {}
     with mock.patch.dict(os.environ, hidden):
@@ -240,8 +250,7 @@ def _explain(error: Exception, where: str, name: str | None) -> LogitStoreError 
     if isinstance(error, requests.exceptions.InvalidURL | requests.exceptions.InvalidSchema):
         return ConfigError(f"--address: expected http://HEAD:8265, found {where!r}")
     if isinstance(error, OSError | RuntimeError | aiohttp.ClientError):
-        is_silent = isinstance(error, ConnectionError | requests.ConnectionError | requests.Timeout)
-        found = "nobody there" if is_silent else f"{type(error).__name__}: {text}"
+        found = "nobody there" if _NOBODY.search(text) else f"{type(error).__name__}: {text}"
         return OutsideError(
             f"{where}: expected the head of a Ray cluster to answer, found {found}; check the address, and that the "
             "head is up"

@@ -35,6 +35,8 @@ Verb = Literal["capture", "train", "sweep"]
 _LOG = logging.getLogger("logitstore.submit")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _PACKAGES = ("logitstore", "trainer", "cluster", "tools")
+# As Ray does.
+_LEFT_OUT = (".git", ".venv", "venv", "__pycache__")
 # What an installation by pip would tell vLLM.
 _ENTRY_POINTS = "[vllm.general_plugins]\nlogitstore = logitstore.teacher.vllm_plugin:register\n"
 # From the request to stop until Ray kills the job. Its default of 3 seconds is too short to write a checkpoint.
@@ -114,7 +116,7 @@ def prepare(submission: Submission) -> Iterator[JobRequest]:
     for key, address in places.items():
         _check_lasts(key, address)
     with tempfile.TemporaryDirectory(prefix="logitstore-job-") as temporary:
-        file = _lay_out(submission, Path(temporary), runtime_env)
+        file = _lay_out(submission, Path(temporary) / "work", runtime_env)
         yield JobRequest(
             name=submission.name or f"{submission.verb}-{uuid.uuid4().hex[:10]}",
             entrypoint=build_entrypoint(submission, file),
@@ -199,26 +201,31 @@ def _build_runtime_env(submission: Submission) -> dict[str, Any]:
     return runtime_env
 
 
-def _lay_out(submission: Submission, temporary: Path, runtime_env: dict[str, Any]) -> str:
-    """Name the folders that go along in the runtime environment; returns the settings file's path in the job's."""
-    if submission.with_package:
-        modules = [str(path) for path in _list_package_folders(temporary)]
-        runtime_env["py_modules"] = [*(runtime_env.get("py_modules") or []), *modules]
-    folder = submission.working_dir or runtime_env.get("working_dir")
-    if folder is None:
-        work = temporary / "work"
+def _lay_out(submission: Submission, work: Path, runtime_env: dict[str, Any]) -> str:
+    """Fill the job's folder, and name it in the runtime environment; returns the settings file's path in it."""
+    given = submission.working_dir or runtime_env.get("working_dir")
+    if given is None:
+        file = submission.settings_file.name
         work.mkdir()
-        _write_settings(submission, work / submission.settings_file.name)
-        runtime_env["working_dir"] = str(work)
-        return submission.settings_file.name
-    if "://" in str(folder) or not Path(folder).is_dir():
-        raise ConfigError(f"working_dir: expected a folder here with the settings file in it, found {str(folder)!r}")
-    runtime_env["working_dir"] = str(folder)
+        _write_settings(submission, work / file)
+    else:
+        file = _find_in_folder(submission.settings_file, str(given))
+    if submission.with_package:
+        if given is not None:
+            shutil.copytree(given, work, ignore=shutil.ignore_patterns(*_LEFT_OUT))
+        _put_package(work)
+    runtime_env["working_dir"] = str(given if given is not None and not submission.with_package else work)
+    return file
+
+
+def _find_in_folder(settings_file: Path, folder: str) -> str:
+    if "://" in folder or not Path(folder).is_dir():
+        raise ConfigError(f"working_dir: expected a folder here with the settings file in it, found {folder!r}")
     try:
-        return submission.settings_file.resolve().relative_to(Path(folder).resolve()).as_posix()
+        return settings_file.resolve().relative_to(Path(folder).resolve()).as_posix()
     except ValueError:
         raise ConfigError(
-            f"working_dir: expected {submission.settings_file} to lie in it, found {folder}; move one of the two"
+            f"working_dir: expected {settings_file} to lie in it, found {folder}; move one of the two"
         ) from None
 
 
@@ -235,12 +242,20 @@ def _write_settings(submission: Submission, path: Path) -> None:
     shutil.copyfile(submission.settings_file, path)
 
 
-def _list_package_folders(temporary: Path) -> list[Path]:
-    """Folders of this installation's packages, and one that tells vLLM of the teacher as an installation would."""
-    information = temporary / f"logitstore-{__version__}.dist-info"
+def _put_package(folder: Path) -> None:
+    """Copy this installation into a job's folder, and tell vLLM of the teacher as an installation would."""
+    root = Path(logitstore.__file__).resolve().parent.parent
+    if taken := [name for name in _PACKAGES if (folder / name).exists()]:
+        raise ConfigError(
+            f"working_dir: expected room for logitstore beside the settings, found {', '.join(taken)} there; leave "
+            "--package out if it is logitstore, rename it otherwise"
+        )
+    for name in _PACKAGES:
+        # The quickstart's teacher, of 11 MB, stays where it is.
+        leave_out = shutil.ignore_patterns(*_LEFT_OUT, "*.safetensors")
+        shutil.copytree(root / name, folder / name, ignore=leave_out)
+    information = folder / f"logitstore-{__version__}.dist-info"
     information.mkdir()
     metadata = f"Metadata-Version: 2.1\nName: logitstore\nVersion: {__version__}\n"
     (information / "METADATA").write_text(metadata, encoding="utf-8")
     (information / "entry_points.txt").write_text(_ENTRY_POINTS, encoding="utf-8")
-    root = Path(logitstore.__file__).resolve().parent.parent
-    return [*(root / name for name in _PACKAGES), information]

@@ -64,13 +64,13 @@ def test_new_head_that_does_not_know_the_job_ends_the_following(connect: Any) ->
 
 def test_head_that_stays_silent_ends_the_following(connect: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cluster.job_client._PATIENCE_SECONDS", -1.0)
-    head = FakeRayClient(statuses=[requests.ConnectionError("refused")])
+    head = FakeRayClient(statuses=[requests.ConnectionError("Connection refused")])
     with pytest.raises(OutsideError, match="found nobody there"):
         follow(connect(head))
 
 
 def test_head_that_is_silent_for_a_while_is_waited_for(connect: Any) -> None:
-    head = FakeRayClient(statuses=[requests.ConnectionError("refused"), "RUNNING", "SUCCEEDED"])
+    head = FakeRayClient(statuses=[requests.ConnectionError("Connection refused"), "RUNNING", "SUCCEEDED"])
     assert follow(connect(head)) == ("hello\n", "SUCCEEDED")
 
 
@@ -83,8 +83,8 @@ def test_job_whose_acceptance_was_lost_on_the_way_is_started_once(connect: Any) 
 
 def test_job_that_the_head_never_got_is_reported(connect: Any) -> None:
     head = FakeRayClient(statuses=[GONE])
-    head.submit_error = requests.ConnectionError("reset")
-    with pytest.raises(OutsideError, match="nobody there"):
+    head.submit_error = requests.ConnectionError("reset by peer")
+    with pytest.raises(OutsideError, match="reset by peer"):
         connect(head).start(REQUEST)
 
 

@@ -60,7 +60,6 @@ def test_job_carries_the_settings_file_alone(write: Any) -> None:
         folder = Path(request.runtime_env["working_dir"])
         assert [path.name for path in folder.iterdir()] == ["capture.yaml"]
         assert (folder / "capture.yaml").read_text() == file.read_text()
-        assert "py_modules" not in request.runtime_env
         assert request.metadata == {"logitstore": __version__, "verb": "capture", "store": "s3://bucket/store"}
         assert request.name.startswith("capture-")
     assert not folder.exists()
@@ -84,20 +83,35 @@ def test_working_dir_without_the_settings_file_is_refused(folder: str, write: An
         pass
 
 
-def test_job_with_its_package_brings_all_four_and_tells_vllm(write: Any) -> None:
+@pytest.mark.parametrize("has_folder", [False, True])
+def test_job_with_its_package_brings_all_four_and_tells_vllm(has_folder: bool, write: Any, tmp_path: Path) -> None:
+    (write(CAPTURE).parent / "more.txt").write_text("more")
     submission = Submission(
-        verb="capture", settings_file=write(CAPTURE), with_package=True, runtime_env={"py_modules": ["s3://b/mine.zip"]}
+        verb="capture",
+        settings_file=write(CAPTURE),
+        with_package=True,
+        working_dir=tmp_path / "here" if has_folder else None,
     )
     with prepare(submission) as request:
-        first, *folders = request.runtime_env["py_modules"]
-        assert first == "s3://b/mine.zip"
-        assert folders[:-1] == [str(ROOT / package) for package in PACKAGES]
-        information = Distribution.at(folders[-1])
+        folder = Path(request.runtime_env["working_dir"])
+        assert folder != tmp_path / "here"
+        assert (folder / "more.txt").exists() is has_folder
+        assert (folder / "capture.yaml").exists()
+        modules = {path.relative_to(folder) for package in PACKAGES for path in (folder / package).rglob("*.py")}
+        assert modules == {path.relative_to(ROOT) for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
+        [information] = [Distribution.at(path) for path in folder.glob("*.dist-info")]
         assert (information.metadata["Name"], information.version) == ("logitstore", __version__)
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
         parser = ConfigParser()
         parser.read_string(str(information.read_text("entry_points.txt")))
         assert {name: dict(parser[name]) for name in parser.sections()} == project["entry-points"]
+
+
+def test_package_is_not_mixed_with_another_of_its_name(write: Any, tmp_path: Path) -> None:
+    (tmp_path / "tools").mkdir()
+    submission = Submission(verb="capture", settings_file=write(CAPTURE), with_package=True, working_dir=tmp_path)
+    with pytest.raises(ConfigError, match="found tools there"), prepare(submission):
+        pass
 
 
 def test_environment_of_a_job_is_what_was_given_and_time_to_stop(write: Any) -> None:
