@@ -50,9 +50,9 @@ class RateWindow:
 
     def compute(self, *, time: float, units: int, positions: int) -> Rates | None:
         """Rates from the beginning of the window until now; None before a unit has ended in it."""
-        if not self._samples or units <= self._samples[0].units:
+        first = self._samples[0] if self._samples else None  # once: another thread may ask meanwhile
+        if first is None or units <= first.units:
             return None
-        first = self._samples[0]
         seconds = max(1e-9, time - first.time)
         return Rates(units=(units - first.units) / seconds, positions=(positions - first.positions) / seconds)
 

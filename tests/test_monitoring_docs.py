@@ -9,12 +9,14 @@ import pytest
 import yaml
 from checkout import ROOT
 from promql_names import find_metrics, find_mistakes
+from typer.testing import CliRunner
 
 from cluster.metrics import METRICS
 from cluster.progress import _FIRST_LINES_SECONDS, _SECONDS_BETWEEN_FIRST_LINES, _SECONDS_BETWEEN_LINES
 from cluster.rates import WINDOW_SECONDS, WINDOW_UNITS
 from cluster.settings import ClusterCaptureSettings
 from logitstore.settings import build_settings
+from tools.cli import app
 from tools.store_status import CaptureStatus, StoreStatus
 
 PAGE = (ROOT / "docs/monitoring.md").read_text(encoding="utf-8")
@@ -37,6 +39,15 @@ def test_setting_of_the_page_is_one_and_its_default_is_what_the_page_says() -> N
     seconds = build_settings(ClusterCaptureSettings, values, where="page").heartbeat_seconds
     assert f"says it again every {seconds:.0f} seconds" in PAGE
     assert f"{24 * 3600 / (seconds or 1):,.0f} a day" in PAGE
+
+
+def test_commands_of_the_page_exist_and_have_their_options() -> None:
+    lines = re.findall(r"^    logitstore (\w+)(.*)$", PAGE, re.MULTILINE)
+    assert len(lines) == 3
+    for verb, arguments in lines:
+        result = CliRunner().invoke(app, [verb, "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"})
+        assert result.exit_code == 0
+        assert set(re.findall(r"--[a-z-]+", arguments)) <= set(re.findall(r"--[a-z-]+", result.output))
 
 
 def test_numbers_of_the_page_are_those_of_the_code() -> None:
