@@ -75,6 +75,22 @@ def s3_url(s3_server: S3Server, tmp_path: Path) -> Iterator[str]:
         yield f"s3://{BUCKET}/{tmp_path.name}"
 
 
+@pytest.fixture
+def requests(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Method of each request that goes over the wire from now on, repetitions by the client included."""
+    import aiobotocore.httpsession
+
+    methods: list[str] = []
+    send = aiobotocore.httpsession.AIOHTTPSession.send
+
+    async def count(session: Any, request: Any) -> Any:
+        methods.append(request.method)
+        return await send(session, request)
+
+    monkeypatch.setattr(aiobotocore.httpsession.AIOHTTPSession, "send", count)
+    return methods
+
+
 @pytest.fixture(scope="session")
 def running_proxy(s3_server: S3Server) -> Iterator[FaultProxy]:
     with FaultProxy(s3_server).running() as proxy:

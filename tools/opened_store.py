@@ -11,7 +11,7 @@ from logitstore.store.commit import COMMITS, list_unit_files, read_commits
 from logitstore.store.files import StoreFiles
 from logitstore.store.logit_store import LogitStore
 from logitstore.store.manifest import Manifest, list_manifests, read_manifest, take_snapshot
-from logitstore.store.plan import read_plan
+from logitstore.store.plan import check_units_are_planned, read_plan
 from tools.look import count_things
 
 
@@ -40,18 +40,28 @@ def open_store(url: str, manifest: int | None) -> OpenedStore:
     Raises:
         StoreNotFoundError, IncompatibleStoreError, CorruptShardError: there is no store, or it cannot be read.
     """
-    files = StoreFiles(url)
     if manifest is not None:
-        return OpenedStore(store=LogitStore.open(url, manifest), files=files, manifest=manifest, newer_units=0)
-    live = LogitStore.open(url, "live")
-    committed = set(live.manifest.units.tolist())
+        store = LogitStore.open(url, manifest)
+        return OpenedStore(store=store, files=StoreFiles(url), manifest=manifest, newer_units=0)
+    files = StoreFiles(url)
+    plan = read_plan(files)
+    fingerprint = plan.compute_fingerprint()
     numbers = list_manifests(files)
-    if not numbers:
-        return OpenedStore(store=live, files=files, manifest=None, newer_units=len(committed))
-    newest = read_manifest(files, numbers[-1])
-    is_listed = newest.lists_the_same(live.manifest)
-    newer_units = len(committed - set(newest.units.tolist()))
-    return OpenedStore(store=live, files=files, manifest=numbers[-1] if is_listed else None, newer_units=newer_units)
+    newest = read_manifest(files, numbers[-1]) if numbers else None
+    listing = list_unit_files(files, COMMITS)
+    listed = np.zeros(0, np.int64) if newest is None else newest.units
+    # A snapshot reads young commits once more, which takes a request for each. What the newest manifest lists is shown
+    # as it lists it, which is what readers of the store see.
+    is_listed = newest is not None and newest.plan_fingerprint == fingerprint and np.array_equal(listed, listing.units)
+    snapshot = newest if is_listed else take_snapshot(files, fingerprint, newest, listing=listing)
+    assert snapshot is not None
+    check_units_are_planned(files.url, plan, snapshot.units)
+    return OpenedStore(
+        store=LogitStore(files, plan, snapshot),
+        files=files,
+        manifest=snapshot.number,
+        newer_units=len(np.setdiff1d(listing.units, listed)),
+    )
 
 
 def open_readable(url: str, manifest: int | None) -> OpenedStore:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 from made_up import build_plan
@@ -29,22 +28,6 @@ def files(s3_url: str) -> StoreFiles:
 def other(s3_url: str) -> StoreFiles:
     """The same store seen by another process: nothing that the first one's client keeps is shared."""
     return StoreFiles(s3_url, {"skip_instance_cache": True})
-
-
-@pytest.fixture
-def requests(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Method of each request that goes over the wire from now on, repetitions by the client included."""
-    import aiobotocore.httpsession
-
-    methods: list[str] = []
-    send = aiobotocore.httpsession.AIOHTTPSession.send
-
-    async def count(session: Any, request: Any) -> Any:
-        methods.append(request.method)
-        return await send(session, request)
-
-    monkeypatch.setattr(aiobotocore.httpsession.AIOHTTPSession, "send", count)
-    return methods
 
 
 def test_object_of_another_process_is_found_after_a_listing(files: StoreFiles, other: StoreFiles) -> None:
