@@ -22,7 +22,8 @@ INSTALLED := $(VENV)/.installed
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
 VLLM_TESTS := tests/teacher/test_vllm_parity.py tests/teacher/test_vllm_generation.py \
-	tests/teacher/test_openai_api_vllm.py tests/cluster/test_vllm_capture.py tests/benchmark/test_capture_vllm_benchmark.py \
+	tests/teacher/test_openai_api_vllm.py tests/cluster/test_vllm_capture.py tests/cluster/faults/test_vllm_faults.py \
+	tests/benchmark/test_capture_vllm_benchmark.py \
 	tests/trainer/test_student_in_vllm.py
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
