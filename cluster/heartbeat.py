@@ -28,7 +28,7 @@ class Heartbeat:
     """Writes `running/<run>.json` now and then, in a thread of its own: use as a context manager around a capture.
 
     The object goes when the capture ends well, and says why when it does not; one of a driver that was killed stays
-    until another capture of the store begins, or garbage is collected. A word that cannot be written is missed and
+    until another capture of the store begins or ends well, or garbage is collected. A word that cannot be written is missed and
     nothing more. Nothing is written before there is a plan, for there is no store.
 
     Args:
@@ -64,6 +64,7 @@ class Heartbeat:
                 return
             if error is None:
                 delete_running(self._files, self._run)
+                self._delete_silent()
             else:
                 self._units_in_flight = ()
                 write_running(self._files, self._describe("ended", error=_describe_error(error)))

@@ -41,9 +41,11 @@ def render_status(status: StoreStatus) -> list[RenderableType]:
             ]
         )
     ]
-    if status.captures:
+    # Of a store that is whole, nobody wants to know what once befell it.
+    captures = [capture for capture in status.captures if status.units_left or capture.state == "at work"]
+    if captures:
         columns = ["captures", "", "#heard", "#actors", "#in flight", "#captured", "#positions/s", "trouble"]
-        parts.append(build_table(None, columns, [_describe_capture(capture) for capture in status.captures]))
+        parts.append(build_table(None, columns, [_describe_capture(capture) for capture in captures]))
     if status.quarantine:
         rows = [
             (entry.unit, entry.attempts, entry.error.partition("\n")[0][:_ERROR_CHARACTERS])

@@ -91,6 +91,14 @@ def test_next_capture_takes_back_the_words_of_those_not_at_work(files: StoreFile
     assert [heard.capture for heard in read_running(files)] == [living]
 
 
+def test_capture_that_ends_well_takes_back_what_a_killed_one_left(files: StoreFiles) -> None:
+    with pytest.raises(KeyboardInterrupt), Heartbeat(files, CaptureFigures(), seconds_between=100.0):
+        raise KeyboardInterrupt
+    with Heartbeat(files, CaptureFigures(), seconds_between=100.0):
+        assert len(read_running(files)) == 1
+    assert read_running(files) == []
+
+
 def test_nothing_is_written_where_there_is_no_store_yet(tmp_path: Path) -> None:
     files = StoreFiles(str(tmp_path / "nothing"))
     asked = []

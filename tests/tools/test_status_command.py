@@ -97,6 +97,15 @@ def test_capture_that_ended_with_an_error_says_which(growing_store: StoreFiles, 
     assert "OutsideError: bucket: 503" in " ".join(stdout.split())
 
 
+def test_store_that_is_whole_does_not_tell_of_captures_that_are_gone(
+    growing_store: StoreFiles, tmp_path: Path, logitstore: Any
+) -> None:
+    commit(growing_store, 3, tmp_path)
+    say(growing_store, age=HOUR)
+    assert "node:7" not in logitstore("status", growing_store.url)[0]
+    assert [one["state"] for one in logitstore.json("status", growing_store.url)["captures"]] == ["silent"]
+
+
 def test_status_hears_captures_and_changes_nothing(growing_store: StoreFiles, logitstore: Any) -> None:
     say(growing_store)
     say(growing_store, "b2", age=HOUR)
