@@ -15,13 +15,14 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from logitstore.errors import TrainingError
+from logitstore.errors import LogitStoreError, TrainingError
 from trainer.distributed import Processes
 from trainer.sharded_state import find_missing, read_state, write_state
 
@@ -82,17 +83,13 @@ def save_checkpoint(
     """
     path, is_first = folder / f"step-{header.step:06d}", processes.rank == 0
     if not processes.take_from_first(int((path / _HEADER).exists())):
-        temporary = folder / f".{path.name}.tmp"
-        with processes.fail_together(temporary):
+        try:
+            _write_aside(folder, path, header, student, optimizers, processes)
+        except LogitStoreError:
             if is_first:
-                _clear(folder)
-                temporary.mkdir(parents=True)
-        write_state(temporary, student, optimizers, processes)
-        _check_all_is_there(temporary, processes)
-        with processes.fail_together(path):
-            if is_first:
-                _write_header(temporary / _HEADER, header)
-                temporary.replace(path)
+                with suppress(OSError):
+                    _clear(folder)  # a part of a checkpoint would keep a full disk full
+            raise
     with processes.fail_together(folder):
         if is_first:
             for step, older in _list_checkpoints(folder)[:-keep]:
@@ -101,8 +98,29 @@ def save_checkpoint(
     return path
 
 
+def _write_aside(
+    folder: Path,
+    path: Path,
+    header: CheckpointHeader,
+    student: torch.nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    processes: Processes,
+) -> None:
+    is_first, temporary = processes.rank == 0, folder / f".{path.name}.tmp"
+    with processes.fail_together(temporary):
+        if is_first:
+            _clear(folder)
+            temporary.mkdir(parents=True)
+    write_state(temporary, student, optimizers, processes)
+    _check_all_is_there(temporary, processes)
+    with processes.fail_together(path):
+        if is_first:
+            _write_header(temporary / _HEADER, header)
+            temporary.replace(path)
+
+
 def _clear(folder: Path) -> None:
-    """Delete what saving that was killed left."""
+    """Delete what saving that was killed, or failed, left."""
     for leftover in folder.glob(".step-*.tmp"):
         shutil.rmtree(leftover)
 

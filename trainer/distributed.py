@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from logitstore.errors import ConfigError, LogitStoreError, OutsideError, TrainingError
+from logitstore.errors import ConfigError, LogitStoreError, TrainingError
+from trainer.writing import describe_unusable_files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,10 +92,7 @@ class Processes:
                 f"{where}: expected room in the memory of {self.device}, found {error}; take a smaller student, cut it "
                 "among more processes with parallel: fsdp, or have fewer runs side by side"
             )
-        return OutsideError(
-            f"{where}: expected files that can be read and written, found {type(error).__name__}: {error}; look to "
-            "room and permissions, and run the same command again"
-        )
+        return describe_unusable_files(where, error)
 
     def wait_for_all(self) -> None:
         """Return when every rank has come here."""

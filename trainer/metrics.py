@@ -9,6 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Self
 
+from trainer.writing import writing
+
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
@@ -20,15 +22,24 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, *, first_step: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            drop_later_lines(path, first_step)
-        self._file: IO[str] = path.open("a", encoding="utf-8")
+        self._path = path
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                drop_later_lines(path, first_step)
+            # Without a buffer: what a full disk did not take would be in the way when the file is closed.
+            self._file: IO[bytes] = path.open("ab", buffering=0)
 
     def write(self, step: int, values: Mapping[str, object]) -> None:
-        """Append one line, and hand it to the operating system before returning."""
-        self._file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
-        self._file.flush()
+        """Append one line, and hand it to the operating system before returning.
+
+        Raises:
+            OutsideError: there is no room for it.
+        """
+        line = (json.dumps({"step": step, **values}, allow_nan=False) + "\n").encode()
+        with writing(self._path):
+            while line:  # a disk that is about to be full takes a part of it
+                line = line[self._file.write(line) :]
 
     def close(self) -> None:
         self._file.close()

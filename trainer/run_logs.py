@@ -7,6 +7,7 @@ from typing import Self
 
 import yaml
 
+from logitstore.errors import LogitStoreError
 from logitstore.records import RecordBatch
 from trainer.evaluate import Evaluation
 from trainer.metrics import JsonLines, MetricsWriter, drop_later_lines
@@ -18,11 +19,25 @@ class RunLogs:
     """The files of a run below its output folder; metrics are written by rank 0 alone."""
 
     def __init__(self, run: Run) -> None:
+        """Open them where the run is, without what is about later steps; every rank has to come here.
+
+        Raises:
+            OutsideError: a rank cannot write them.
+        """
         self._run = run
         self._window = StepWindow()
         self._metrics: MetricsWriter | None = None
         self._records: JsonLines | None = None
         self._evaluations: JsonLines | None = None
+        try:
+            with run.processes.fail_together(run.output):
+                self._open()
+        except LogitStoreError:
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        run = self._run
         run.output.mkdir(parents=True, exist_ok=True)
         if run.is_first_rank:
             settings = yaml.safe_dump(run.settings.model_dump(mode="json"), sort_keys=False)

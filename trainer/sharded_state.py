@@ -7,7 +7,6 @@ it; a run has them in its own settings.
 
 from __future__ import annotations
 
-import pickle
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -84,8 +83,8 @@ def _plan_reading(
     """What a checkpoint is read into: the student's weights, and empty tensors for the state of optimizers."""
     try:
         saved = _list_saved(_read_metadata(folder))
-    except (OSError, ValueError, EOFError, AttributeError, pickle.UnpicklingError) as error:
-        raise TrainingError(f"{folder}: cannot be read: {error}") from error
+    except Exception as error:  # a damaged pickle may name modules that there are not, and anything else
+        raise TrainingError(f"{folder}: cannot be read: {type(error).__name__}: {error}") from error
     weights = _list_weights(student)
     _check_names(folder, weights, {name for name in saved if name.startswith(_STUDENT)})
     states = _allocate_optimizer_state(student, optimizers, saved)

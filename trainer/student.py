@@ -20,6 +20,7 @@ from logitstore.teacher.tokenizer import load_tokenizer
 from trainer.config import StudentSettings
 from trainer.lora import add_lora, has_lora, merge_lora, save_adapter
 from trainer.teacher_cut import cut_student
+from trainer.writing import writing
 
 _LOGGER = logging.getLogger(__name__)
 ADAPTER = "adapter"  # folder below a student's
@@ -150,26 +151,37 @@ def save_student(
         teacher: of its store.
         settings: that it was built by.
         card: text of README.md, see `model_card.py`; none is written where it is empty.
+
+    Raises:
+        OutsideError: it cannot be written.
     """
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    with writing(folder):
+        temporary = folder.with_name(f".{folder.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        if not _write_student(student, temporary, teacher, settings, card):
+            _LOGGER.warning(
+                "%s: saved without a tokenizer: the teacher's, %r, cannot be loaded here",
+                folder,
+                teacher.tokenizer_name,
+            )
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.replace(folder)
+
+
+def _write_student(
+    student: PreTrainedModel, folder: Path, teacher: TeacherIdentity, settings: StudentSettings, card: str
+) -> bool:
+    """Fill a folder; whether a tokenizer is in it."""
     if has_lora(student):
-        merge_lora(student).save_pretrained(temporary)
-        save_adapter(student, temporary / ADAPTER)
+        merge_lora(student).save_pretrained(folder)
+        save_adapter(student, folder / ADAPTER)
     else:
-        student.save_pretrained(temporary)
+        student.save_pretrained(folder)
     if card:
-        (temporary / "README.md").write_text(card, encoding="utf-8")
+        (folder / "README.md").write_text(card, encoding="utf-8")
     origin = None if settings.from_teacher is None else settings.from_teacher.model
-    for source in (settings.model, origin, teacher.tokenizer_name):
-        if source is not None and _save_tokenizer(source, temporary, teacher):
-            break
-    else:
-        _LOGGER.warning(
-            "%s: saved without a tokenizer: the teacher's, %r, cannot be loaded here", folder, teacher.tokenizer_name
-        )
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.replace(folder)
+    sources = (settings.model, origin, teacher.tokenizer_name)
+    return any(source is not None and _save_tokenizer(source, folder, teacher) for source in sources)
 
 
 def _save_tokenizer(source: str, folder: Path, teacher: TeacherIdentity) -> bool:

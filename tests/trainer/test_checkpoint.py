@@ -139,6 +139,8 @@ def test_checkpoint_that_cannot_be_written_says_what_to_do(tmp_path: Path, in_th
     assert find_latest_checkpoint(folder) is None
     if in_the_way == "a file":
         folder.unlink()
+    else:
+        assert list(folder.iterdir()) == []  # what was written of it would take the room that others need
     assert save_checkpoint(folder, build_header(5), *trained, ALONE, keep=1).name == "step-000005"
 
 
@@ -213,6 +215,15 @@ def test_damaged_checkpoint_says_which_folder_to_delete(tmp_path: Path, name: st
     read = read_header if name == "checkpoint.json" else lambda path: load_state(path, module, optimizers, ALONE)
     with pytest.raises(TrainingError, match=f"delete {path} to go on"):
         read(path)
+
+
+def test_checkpoint_whose_list_of_tensors_names_what_there_is_not_is_damaged(tmp_path: Path) -> None:
+    """A bit of a pickle is another module's name, and anything may come of it."""
+    trained = build_trained(seed=0)
+    path = save_checkpoint(tmp_path, build_header(5), *trained, ALONE, keep=1)
+    (path / ".metadata").write_bytes(b"cno_such_module\nMetadata\n.")
+    with pytest.raises(TrainingError, match=r"(?s)cannot be read: ModuleNotFoundError.*delete .* to go on"):
+        load_state(path, *trained, ALONE)
 
 
 def test_checkpoint_of_an_earlier_version_is_refused_with_what_to_do(tmp_path: Path) -> None:

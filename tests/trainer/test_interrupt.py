@@ -29,6 +29,7 @@ def test_run_that_is_asked_to_stop_is_saved_before_it_is_evaluated(
     assert read_header(checkpoint).step == 3
 
 
+@pytest.mark.slow
 def test_run_without_checkpoints_that_dies_at_its_end_makes_no_step_again(
     make_settings: Callable[..., TrainSettings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -47,6 +48,7 @@ def test_run_without_checkpoints_that_dies_at_its_end_makes_no_step_again(
     assert (steps, report.steps, report.interrupted) == ([], 2, False)
 
 
+@pytest.mark.slow
 def test_records_of_a_rank_that_is_no_more_are_cut_where_the_run_goes_on(
     make_settings: Callable[..., TrainSettings],
 ) -> None:

@@ -299,6 +299,7 @@ def test_sweep_asked_to_stop_goes_on_with_its_manifest_after_the_store_has_grown
     assert {address.split("/")[0] for batch in batches[0] for address in batch} == {"0", "1"}
 
 
+@pytest.mark.slow
 def test_sweep_whose_record_is_gone_goes_on_with_the_manifest_of_its_runs(
     write_sweep: WriteSweep, grow_store: Callable[[range], LogitStore], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -312,6 +313,22 @@ def test_sweep_whose_record_is_gone_goes_on_with_the_manifest_of_its_runs(
     assert (steps, [run.status for run in report.runs]) == ([], ["finished"] * 2)
     assert report.latest_manifests == {store.url: 1}
     assert "expected it beside runs that have begun (small-seed0, small-seed1), found none" in caplog.text
+
+
+@pytest.mark.slow
+def test_manifest_of_a_run_that_names_it_is_not_the_latest_of_others(
+    write_sweep: WriteSweep, grow_store: Callable[[range], LogitStore]
+) -> None:
+    """Where the record is gone."""
+    grow_store(range(2))
+    store = grow_store(range(2, 4))
+    runs = [{"name": "first", "manifest": 1}, {"name": "latest"}]
+    sweep = write_sweep(store=store.url, student=SMALL, runs=runs, held_out=None, steps=1)
+    train_sweep(sweep)
+    (sweep.output / "sweep.json").unlink()
+    report = train_sweep(sweep)
+    assert [run.status for run in report.runs] == ["finished"] * 2
+    assert report.latest_manifests == {store.url: 2}
 
 
 def test_run_that_fails_leaves_the_others_alone_and_is_tried_again(

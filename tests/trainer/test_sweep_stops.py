@@ -55,6 +55,20 @@ def read_steps(sweep: Sweep) -> list[int]:
     return [0 if path is None else read_header(path).step for path in found]
 
 
+def test_sweep_that_is_asked_to_stop_while_students_are_loaded_loads_no_more(
+    write_sweep: Callable[..., Sweep], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prepare(*arguments: Any) -> Run:
+        signal.raise_signal(signal.SIGTERM)
+        return prepare_run(*arguments)
+
+    monkeypatch.setattr("trainer.sweep.group.prepare_run", prepare)
+    report = train_sweep(write_sweep([{"name": "one"}, {"name": "two"}]))
+    assert report.interrupted
+    assert [(run.status, run.steps) for run in report.runs] == [("interrupted", 0), ("planned", 0)]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("last_step", "what_takes_long"), [(2, "evaluate_run"), (3, "finish_run")], ids=["evaluation", "end"]
 )
@@ -73,6 +87,7 @@ def test_sweep_that_is_asked_to_stop_saves_all_runs_before_anything_that_takes_l
     assert [run.status for run in report.runs] == ["finished"] * 3
 
 
+@pytest.mark.slow
 def test_run_of_a_sweep_lets_go_of_its_student_when_it_is_over(
     write_sweep: Callable[..., Sweep], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,6 +122,7 @@ def test_run_of_a_sweep_lets_go_of_its_student_when_it_is_over(
     assert [one for one, student in students.items() if student() is not None] == []
 
 
+@pytest.mark.slow
 def test_run_that_memory_is_too_small_for_fails_alone(
     write_sweep: Callable[..., Sweep], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -96,10 +96,14 @@ class GroupTraining:
         members: list[_Member] = []
         try:
             for run in runs:
-                self._prepare(run, members)
+                if not self.should_stop():  # students may take long to load
+                    self._prepare(run, members)
             for alike in _split_by_stream(members):
                 if not self.should_stop():
                     self._train_together(alike)
+            for member in members:
+                if not member.is_over:
+                    self._note(member, status="interrupted")
         finally:
             for member in members:
                 member.close()
@@ -141,9 +145,6 @@ class GroupTraining:
             while (active := [member for member in members if not member.is_over]) and not self.should_stop():
                 self._make_step(shared, active)
             self._save_all(active)
-            for member in active:
-                if not member.is_over:
-                    self._note(member, status="interrupted")
         finally:
             shared.close()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -15,12 +15,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from logitstore import __version__
 from logitstore.errors import ConfigError, TrainingError
 from logitstore.store.logit_store import LogitStore
-from trainer.checkpoint import check_same_run, find_latest_checkpoint, read_header
+from trainer.checkpoint import CheckpointHeader, check_same_run, find_latest_checkpoint, read_header
 from trainer.config import TrainSettings
 from trainer.distributed import Processes
 from trainer.run_identity import describe_settings
 from trainer.stream_config import FurtherCorpusSettings, FurtherTeacherSettings
 from trainer.sweep.settings import Sweep, SweepRun
+from trainer.writing import writing
 
 _LOGGER = logging.getLogger(__name__)
 Status = Literal["planned", "running", "interrupted", "finished", "failed"]
@@ -164,13 +165,14 @@ class SweepRecord:
             "runs": [one.model_dump() for one in self.results.values()],
             **further,
         }
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._path.with_name(f".{self._path.name}.tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1, ensure_ascii=False, default=str)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self._path)
+        with writing(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self._path.with_name(f".{self._path.name}.tmp")
+            with temporary.open("w", encoding="utf-8") as file:
+                json.dump(content, file, indent=1, ensure_ascii=False, default=str)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self._path)
 
     def describe_run(self, settings: TrainSettings) -> dict[str, Any]:
         """What makes a run the one it is: its settings, and what is in its stores."""
@@ -196,9 +198,7 @@ class SweepRecord:
             begun.append(run.name)
             with suppress(TrainingError):  # which the run itself will fail with
                 header = read_header(checkpoint)
-                teachers = [run.settings.store, *(one.store for one in run.settings.further_teachers)]
-                numbers = [header.manifest_number, *header.further_manifests]
-                for url, number in [*zip(teachers, numbers, strict=False), *header.corpus_manifests.items()]:
+                for url, number in _list_latest(run.settings, header):
                     found.setdefault(url, number)
         if begun and not self._processes.rank:
             _LOGGER.warning(
@@ -248,6 +248,18 @@ class SweepRecord:
         if asked.manifest == "latest":
             self.latest[asked.store] = number
         return {"manifest": number}
+
+
+def _list_latest(settings: TrainSettings, header: CheckpointHeader) -> Iterator[tuple[str, int]]:
+    """URLs of the stores whose latest manifest a run asked for, and the number that it began with."""
+    numbers = [header.manifest_number, *header.further_manifests]
+    teachers: list[TrainSettings | FurtherTeacherSettings] = [settings, *settings.further_teachers]
+    for teacher, number in zip(teachers, numbers, strict=False):
+        if teacher.manifest == "latest":
+            yield teacher.store, number
+    for corpus in settings.further_corpora:
+        if corpus.manifest == "latest" and corpus.store in header.corpus_manifests:
+            yield corpus.store, header.corpus_manifests[corpus.store]
 
 
 def _read(path: Path) -> _Content:

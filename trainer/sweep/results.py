@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from trainer.config import TrainSettings
 from trainer.run_identity import describe_settings
 from trainer.sweep.record import RunResult
+from trainer.writing import writing
 
 # Figures of an evaluation that runs are compared by.
 FIGURES = (
@@ -116,9 +117,10 @@ def _compute_mean(labels: dict[str, str], runs: Sequence[RunResult]) -> MeanResu
 def write_csv(results: Sequence[RunResult], path: Path) -> None:
     """Write a line for every run, in full precision; what is not known is left empty."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(_list_lines(results))
-    temporary.replace(path)
+    with writing(path):
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(_list_lines(results))
+        temporary.replace(path)
 
 
 def _list_lines(results: Sequence[RunResult]) -> Iterator[list[object]]:
