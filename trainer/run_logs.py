@@ -44,7 +44,8 @@ class RunLogs:
             (run.output / "settings.yaml").write_text(settings, encoding="utf-8")
             self._metrics = MetricsWriter(run.output, first_step=run.step)
             if len(run.held_out):
-                self._evaluations = JsonLines(run.output / "evaluations.jsonl", first_step=run.step)
+                again = run.step == run.settings.steps  # the end is all there is to do, and is done once more
+                self._evaluations = JsonLines(run.output / "evaluations.jsonl", first_step=run.step - again)
             self._drop_of_earlier_ranks()
         if run.settings.log_records:
             path = run.output / f"records-rank{run.processes.rank}.jsonl"

@@ -59,3 +59,13 @@ def test_records_of_a_rank_that_is_no_more_are_cut_where_the_run_goes_on(
     train(settings)
     assert [line["step"] for line in read_lines(gone)] == [1, 2]
     assert [line["step"] for line in read_lines(gone.with_name("records-rank0.jsonl"))] == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_run_that_is_done_and_made_again_has_one_evaluation_of_its_end(
+    make_settings: Callable[..., TrainSettings],
+) -> None:
+    settings = make_settings(steps=2, evaluate_every=1)
+    train(settings)
+    train(settings)
+    assert [line["step"] for line in read_lines(Path(settings.output) / "evaluations.jsonl")] == [1, 2]
