@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from taught_stores import CONFIG, build_model, build_taught_records, fill_store
 from transformers import PreTrainedModel
 from vocabularies import build_byte_level, build_sentence_piece, fill_text_store
@@ -14,6 +15,7 @@ from logitstore.records import Record
 from logitstore.settings import build_settings
 from logitstore.store.logit_store import LogitStore
 from trainer.config import TrainSettings
+from trainer.sweep.settings import Sweep, read_sweep
 
 
 @pytest.fixture(scope="session")
@@ -77,3 +79,31 @@ def other_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("tokenizer")
     build_sentence_piece(330).tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def write_sweep_in(taught_store: LogitStore) -> Callable[..., Sweep]:
+    """Function that writes a sweep file with short runs into a folder, and reads it."""
+
+    def write(folder: Path, **changes: object) -> Sweep:
+        values: dict[str, object] = {
+            "store": taught_store.url,
+            "global_batch_sequences": 8,
+            "steps": 6,
+            "optimizer": {"learning_rate": 1e-2},
+            "held_out": {"source": "held"},
+            "log_every": 2,
+            "device": "cpu",
+            "output": str(folder / "sweep"),
+        }
+        folder.mkdir(exist_ok=True)
+        path = folder / "sweep.yaml"
+        path.write_text(yaml.safe_dump({**values, **changes}), encoding="utf-8")
+        return read_sweep(path)
+
+    return write
+
+
+@pytest.fixture
+def write_sweep(write_sweep_in: Callable[..., Sweep], tmp_path: Path) -> Callable[..., Sweep]:
+    return lambda **changes: write_sweep_in(tmp_path, **changes)

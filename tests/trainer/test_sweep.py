@@ -19,17 +19,15 @@ from checkout import ROOT
 from taught_stores import CONFIG
 from training_runs import read_lines, read_weights
 
-from logitstore.errors import ConfigError, CorruptShardError, TrainingError
+from logitstore.errors import TrainingError
 from logitstore.settings import read_settings
 from logitstore.store.logit_store import LogitStore
 from logitstore.stream.iterator import RecordStream
 from trainer.config import TrainSettings
-from trainer.loop import TrainReport, finish_run, take_step, train
+from trainer.loop import take_step, train
 from trainer.prefetch import PreparedStep
 from trainer.progress import StepResult
 from trainer.run import Run
-from trainer.run_logs import RunLogs
-from trainer.sweep.feed import share
 from trainer.sweep.results import compute_gaps
 from trainer.sweep.settings import Sweep, read_sweep
 from trainer.sweep.training import SweepReport, train_sweep
@@ -50,34 +48,6 @@ def kill(name, result):
 
 train_sweep(read_sweep(sys.argv[1]), on_step=kill)
 """
-
-
-@pytest.fixture(scope="module")
-def write_sweep_in(taught_store: LogitStore) -> Callable[..., Sweep]:
-    """Function that writes a sweep file with short runs into a folder, and reads it."""
-
-    def write(folder: Path, **changes: object) -> Sweep:
-        values: dict[str, object] = {
-            "store": taught_store.url,
-            "global_batch_sequences": 8,
-            "steps": 6,
-            "optimizer": {"learning_rate": 1e-2},
-            "held_out": {"source": "held"},
-            "log_every": 2,
-            "device": "cpu",
-            "output": str(folder / "sweep"),
-        }
-        folder.mkdir(exist_ok=True)
-        path = folder / "sweep.yaml"
-        path.write_text(yaml.safe_dump({**values, **changes}), encoding="utf-8")
-        return read_sweep(path)
-
-    return write
-
-
-@pytest.fixture
-def write_sweep(write_sweep_in: Callable[..., Sweep], tmp_path: Path) -> WriteSweep:
-    return lambda **changes: write_sweep_in(tmp_path, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -363,53 +333,6 @@ def test_run_that_fails_leaves_the_others_alone_and_is_tried_again(
     steps: Counter[str] = Counter()
     again = train_sweep(sweep, on_step=lambda name, result: steps.update([name]))
     assert (again.runs[1].status, again.runs[1].error, steps) == ("finished", None, {"bad": 6})
-
-
-def test_run_that_cannot_be_evaluated_leaves_the_others_alone(
-    write_sweep: WriteSweep, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(run: Run, logs: RunLogs) -> TrainReport:
-        if run.output.name == "bad":
-            raise ConfigError("held_out: expected records with text that both predict")
-        return finish_run(run, logs)
-
-    monkeypatch.setattr("trainer.sweep.group.finish_run", refuse)
-    report = train_sweep(write_sweep(student=SMALL, runs=[{"name": "bad"}, {"name": "good", "seed": 1}], steps=1))
-    assert [(run.name, run.status) for run in report.runs] == [("bad", "failed"), ("good", "finished")]
-    assert "that both predict" in str(report.runs[0].error)
-
-
-def test_finished_run_with_other_weights_of_documents_is_refused(write_sweep: WriteSweep) -> None:
-    changes: dict[str, object] = {"student": SMALL, "seeds": [0], "steps": 1, "held_out": None}
-    train_sweep(write_sweep(**changes))
-    with pytest.raises(TrainingError, match="document_weights"):
-        train_sweep(write_sweep(**changes, document_weights={"sources": {"held": 2.0}}))
-
-
-def test_store_that_cannot_be_read_ends_the_sweep(
-    write_sweep: WriteSweep, grow_store: Callable[[range], LogitStore]
-) -> None:
-    store = grow_store(range(1))
-    [path] = Path(store.url).glob("data/*.parquet")
-    data = bytearray(path.read_bytes())
-    data[100] ^= 1
-    path.write_bytes(data)
-    sweep = write_sweep(store=store.url, held_out=None, student=SMALL, seeds=[0, 1])
-    with pytest.raises(CorruptShardError, match=path.name):
-        train_sweep(sweep)
-
-
-def test_shared_micro_batches_raise_what_failed_in_every_reader() -> None:
-    """One that comes second must not take the first one's error for the end of the step."""
-
-    def fail() -> Any:
-        yield 1
-        raise OSError("the storage is away")
-
-    for reader in share(fail(), 2):
-        assert next(reader) == 1
-        with pytest.raises(OSError, match="away"):
-            next(reader)
 
 
 @pytest.mark.slow
