@@ -29,7 +29,7 @@ def print_job(job: Job, *, as_json: bool) -> None:
         ("started", _format_time(job.started)),
         ("took", None if job.started is None else format_seconds((job.ended or time.time()) - job.started)),
         ("command", job.entrypoint),
-        ("message", first_line if job.status == "FAILED" else None),
+        ("message", first_line if job.status == "FAILED" and job.exit_code is None else None),
     ]
     print_result(build_facts(facts))
 
