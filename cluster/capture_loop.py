@@ -131,7 +131,7 @@ class CaptureLoop:
         figures = self._figures
         figures.actors_ready, figures.actors_wanted = self._pool.num_ready, len(self._pool.slots)
         figures.units_in_flight = self._queue.num_in_flight
-        self._watch.update(self._queue.list_in_flight)
+        self._watch.update(self._queue.list_in_flight())
 
     def _feed(self, now: float) -> None:
         """Send units to whoever has fewer than it may; near the end one to each, so that nobody is left to wait."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Self
 
 from cluster.figures import CaptureFigures
@@ -50,9 +50,9 @@ class CaptureWatch:
         """Whether it is time to bring the figures up to date and call `update`."""
         return time.monotonic() >= self._next_update
 
-    def update(self, list_units_in_flight: Callable[[], Sequence[int]]) -> None:
+    def update(self, units_in_flight: Sequence[int]) -> None:
         """Show the figures as they are now."""
         self._next_update = time.monotonic() + _SECONDS_BETWEEN_UPDATES
-        self._heartbeat.update(list_units_in_flight)
+        self._heartbeat.update(units_in_flight)
         self._metrics.update()
         self._progress.update()

@@ -9,7 +9,7 @@ import os
 import socket
 import threading
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Literal, Self
 
@@ -28,8 +28,8 @@ class Heartbeat:
     """Writes `running/<run>.json` now and then, in a thread of its own: use as a context manager around a capture.
 
     The object goes when the capture ends well, and says why when it does not; one of a driver that was killed stays
-    until another capture of the store begins or ends well, or garbage is collected. A word that cannot be written is missed and
-    nothing more. Nothing is written before there is a plan, for there is no store.
+    until another capture of the store begins or ends well, or garbage is collected. A word that cannot be written is
+    missed and nothing more. Nothing is written before there is a plan, for there is no store.
 
     Args:
         files: the store.
@@ -41,8 +41,7 @@ class Heartbeat:
         self._files, self._figures, self._seconds = files, figures, seconds_between
         self._run = uuid.uuid4().hex[:16]
         self._started_at = _read_clock()
-        self._units_in_flight: tuple[int, ...] = ()
-        self._wants_units = True
+        self._units_in_flight: Sequence[int] = ()
         self._has_store = self._has_warned = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run_until_stopped, name="heartbeat", daemon=True)
@@ -69,11 +68,9 @@ class Heartbeat:
                 self._units_in_flight = ()
                 write_running(self._files, self._describe("ended", error=_describe_error(error)))
 
-    def update(self, list_units_in_flight: Callable[[], Sequence[int]]) -> None:
-        """Take note of the units that are with an actor; they are asked for only where it is time to say them again."""
-        if self._wants_units:
-            self._wants_units = False
-            self._units_in_flight = tuple(sorted(list_units_in_flight()))
+    def update(self, units_in_flight: Sequence[int]) -> None:
+        """Take note of the units that are with an actor; the list is kept."""
+        self._units_in_flight = units_in_flight
 
     def _run_until_stopped(self) -> None:
         seconds = self._seconds or 0.0
@@ -87,7 +84,6 @@ class Heartbeat:
                 level = logging.DEBUG if self._has_warned else logging.WARNING
                 self._has_warned = True
                 _LOG.log(level, "'logitstore status' does not hear of this capture: %s", error)
-            self._wants_units = True
 
     def _find_store(self) -> bool:
         self._has_store = self._has_store or self._files.exists(PLAN_PATH)
@@ -116,7 +112,7 @@ class Heartbeat:
             error=error,
             actors_ready=figures.actors_ready,
             actors_wanted=figures.actors_wanted,
-            units_in_flight=self._units_in_flight,
+            units_in_flight=tuple(sorted(self._units_in_flight)),
             units_captured=figures.units_captured,
             lost_races=figures.lost_races,
             positions=figures.positions,

@@ -34,7 +34,7 @@ def wait_for_units(files: StoreFiles, heartbeat: Heartbeat, units: list[int]) ->
     """The first word that names these units."""
 
     def has_said_so() -> bool:
-        heartbeat.update(lambda: units)
+        heartbeat.update(units)
         word = read_word(files)
         return word is not None and word.units_in_flight == tuple(sorted(units))
 
@@ -61,7 +61,7 @@ def test_capture_says_what_it_is_at_until_it_has_ended_well(files: StoreFiles) -
 def test_capture_that_ends_with_an_error_leaves_it_without_secrets(files: StoreFiles) -> None:
     figures = CaptureFigures(units_captured=2)
     heartbeat = Heartbeat(files, figures, seconds_between=100.0)
-    heartbeat.update(lambda: [1])
+    heartbeat.update([1])
     with pytest.raises(OutsideError), heartbeat:
         raise OutsideError("https://me:secret@host/bucket: 503")
     word = read_word(files)
