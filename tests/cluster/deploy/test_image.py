@@ -46,7 +46,7 @@ def test_image_is_the_same_in_every_file() -> None:
 def test_image_installs_extras_that_exist_and_all_that_a_cluster_needs() -> None:
     extras = set(read_defaults()["EXTRAS"].split(","))
     assert extras <= read_project()["project"]["optional-dependencies"].keys()
-    assert extras >= {"ray", "vllm", "train", "lora", "s3", "gcs", "azure"}
+    assert extras >= {"ray", "ray-train", "vllm", "lora", "s3", "gcs", "azure"}
 
 
 def test_image_is_built_of_what_makes_the_wheel_and_of_nothing_else() -> None:
