@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import json
 import logging
 import os
@@ -40,6 +41,8 @@ _QUIET_SECONDS = 15.0
 _POLL_SECONDS = 1.0
 _PATIENCE_SECONDS = 60.0
 _MESSAGE_CHARACTERS = 1000
+# What Ray without its extra does not bring, or may not.
+_OF_JOB_API = ("ray", "aiohttp", "requests")
 _NO_JOB_API = (
     "python environment: expected Ray with its job API, found Ray alone; install it with\n  pip install 'ray[default]'"
 )
@@ -208,6 +211,8 @@ class JobClient:
 
 def _open(address: str | None) -> Any:
     """Ray's own client, for the address that was asked for."""
+    for package in _OF_JOB_API:
+        importlib.import_module(package)
     import requests
     from ray.job_submission import JobSubmissionClient
 

@@ -84,9 +84,7 @@ class RayHead:
                 start_new_session=True,
             )
         agent = ports["dashboard-agent-listen-port"]
-        wait_until(
-            lambda: process.poll() is not None or (self._answers() and _listens(agent)), f"a head; see {log}", 120.0
-        )
+        wait_until(lambda: process.poll() is not None or (self._answers() and _listens(agent)), f"a head; see {log}")
         assert process.poll() is None, log.read_text()
 
     def kill(self) -> None:
@@ -110,13 +108,13 @@ class RayHead:
     def run(self, *arguments: str, exit_code: int = 0, **environment: str) -> tuple[str, str]:
         """What `logitstore submit` leaves on stdout and stderr."""
         process = self.start(*arguments, **environment)
-        stdout, stderr = process.communicate(timeout=240)
+        stdout, stderr = process.communicate(timeout=300)
         assert process.returncode == exit_code, stderr
         return stdout, stderr
 
-    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    def start(self, verb: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
         """Start `logitstore submit`, in a process that is no part of the head."""
-        command = [sys.executable, "-m", "tools.submit", *arguments, "--address", self.address]
+        command = [sys.executable, "-m", "tools.submit", verb, "--address", self.address, *arguments]
         own = {name: value for name, value in self._environment.items() if name != MARK}
         return subprocess.Popen(
             command,

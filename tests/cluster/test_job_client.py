@@ -129,7 +129,12 @@ def test_address_on_the_command_line_wins_over_the_environment(variable: str, mo
 
 
 @pytest.mark.parametrize(
-    ("module", "advice"), [("requests", "pip install 'ray[default]'"), ("ray", "pip install 'logitstore[ray]'")]
+    ("module", "advice"),
+    [
+        ("requests", "pip install 'ray[default]'"),
+        ("aiohttp", "pip install 'ray[default]'"),
+        ("ray", "pip install 'logitstore[ray]'"),
+    ],
 )
 def test_python_without_the_job_api_names_what_to_install(module: str, advice: str, tmp_path: Any) -> None:
     code = f"import sys; sys.modules[{module!r}] = None\nfrom tools.cli import main\nmain('submit')"

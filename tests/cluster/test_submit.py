@@ -17,6 +17,7 @@ from tiny_models import save_model
 from logitstore.store.commit import COMMITS, list_units, read_commit
 from logitstore.store.files import StoreFiles
 from logitstore.store.logit_store import LogitStore
+from logitstore.store.plan import PLAN_PATH
 from logitstore.store.verify import verify_store
 from tools.quickstart.corpus import write_corpus
 from tools.quickstart.run import HERE
@@ -59,27 +60,29 @@ def capture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def read_attempts(capture: Path) -> dict[int, str]:
+def read_attempts(files: StoreFiles) -> dict[int, str]:
     """The attempt that committed each unit so far."""
-    files = StoreFiles(str(capture.parent / "store"))
     return {unit: read_commit(files, unit).attempt for unit in list_units(files, COMMITS)}
 
 
 def test_capture_whose_head_is_killed_goes_on_when_it_is_submitted_again(head: RayHead, capture: Path) -> None:
     watcher = head.start("capture", str(capture), "--package", "--name", "first")
-    wait_until(lambda: len(read_attempts(capture)) >= 2 or watcher.poll() is not None, "the first commits")
+    files = StoreFiles(str(capture.parent / "store"))
+    wait_until(lambda: files.exists(PLAN_PATH) or watcher.poll() is not None, "a plan")
     watcher.send_signal(signal.SIGINT)
+    wait_until(lambda: len(list_units(files, COMMITS)) >= 2, "the first commits")
+    head.kill()
+    before = read_attempts(files)
     _, log = watcher.communicate(timeout=60)
     assert watcher.returncode == 130, log
     assert "job first goes on" in log
-    head.kill()
-    before = read_attempts(capture)
+
     head.ensure()
     _, log = head.run(
         "capture", str(capture), "--package", "--secret", SECRET_NAME, "actors.count=2", "actors.cpus=0.5"
     )
-    attempts = read_attempts(capture)
-    store = LogitStore.open(str(capture.parent / "store"))
+    attempts = read_attempts(files)
+    store = LogitStore.open(files.url)
     assert f"{len(attempts)} units planned, {len(before)} committed" in log
     assert sorted(attempts) == list(range(len(store.plan.build_unit_table())))
     assert len(attempts) > len(before) >= 2
@@ -87,7 +90,7 @@ def test_capture_whose_head_is_killed_goes_on_when_it_is_submitted_again(head: R
     statistics = store.compute_statistics()
     corpus = [path.read_text().splitlines() for path in (capture.parent / "corpus").iterdir()]
     assert statistics.documents == statistics.recorded_documents == sum(map(len, corpus))
-    assert verify_store(StoreFiles(store.url)).is_clean
+    assert verify_store(files).is_clean
     check_secret_is_nowhere(head)
 
 
