@@ -142,15 +142,17 @@ def run_plan(
 
 
 def find_actors(settings: ClusterCaptureSettings) -> ActorShare:
-    """The actors that a capture would start on a cluster of machines like this one, as many as `actors.count` says."""
+    """The actors that a capture would start on machines like this one, taken to be all as in its first group."""
     from cluster.placement import build_demand, count_actors
 
     uses_gpu = settings.teacher.device != "cpu" and settings.actors.gpus != 0 and torch.cuda.is_available()
     node = {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count()) if uses_gpu else 0.0}
-    demand = build_demand(settings.actors, [node])
+    groups = settings.actors.list_groups()
+    demands = [build_demand(group, [node]) for group in groups]
+    demand = demands[0]
     threads = max(1, int(demand.cpus))
     return ActorShare(
-        actors=count_actors(settings.actors, demand, [node]),
+        actors=sum(count_actors(group, each, [node]) for group, each in zip(groups, demands, strict=True)),
         cpus=demand.cpus,
         gpus=demand.gpus,
         device=describe_endpoint(settings.teacher)

@@ -37,7 +37,8 @@ def print_measured(measure: Callable[[], str]) -> None:
     outcome = measure()
     seconds, processor_seconds = time.perf_counter() - start, time.process_time() - start_processor
     measured = {"seconds": seconds, "processor_seconds": processor_seconds, "peak_bytes": _read_peak_bytes()}
-    print(json.dumps(measured | {"outcome": outcome}))
+    # Where a step has connected to Ray, that has turned stdout away for what it prints itself.
+    print(json.dumps(measured | {"outcome": outcome}), file=sys.__stdout__, flush=True)
 
 
 def _read_peak_bytes() -> int:
