@@ -68,7 +68,8 @@ def run_sweep(
             ),
         )
         if parts:
-            _check_trials(watch_job(tuner.fit, board, lambda news: _hear(news, record, on_step)))
+            results = watch_job(tuner.fit, board, lambda news: _hear(news, record, on_step))
+            _check_trials([] if results is None else results.errors)
     return finish_sweep(sweep, record, driver)
 
 
@@ -109,9 +110,9 @@ def _hear(news: News, record: SweepRecord, on_step: OnStep | None) -> None:
             on_step(name, notes["step"])
 
 
-def _check_trials(results: tune.ResultGrid) -> None:
+def _check_trials(errors: Sequence[Exception]) -> None:
     """Groups that fail are begun again by Ray; it gives one up only where it cannot start it."""
-    if errors := results.errors:
+    if errors:
         raise OutsideError(
             f"Ray: expected to train every group of the sweep, found {errors[0]}; look at the cluster, then run the "
             "command again"

@@ -14,7 +14,8 @@ stream. What has to survive is in the checkpoints of the runs; the board forgets
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import time
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -22,6 +23,8 @@ from logitstore.errors import LogitStoreError
 
 Order = Literal["go on", "stop", "move"]
 Notes = dict[str, dict[str, Any]]
+# Processes that are at work ask for their order twice a second.
+_QUIET_SECONDS = 15.0
 _NO_WORD = "no word from its processes, as when the machine or the system ends them"
 
 
@@ -72,10 +75,12 @@ class TrainingBoard:
 
     Args:
         tries: how often a part may begin without having come further than the time before.
+        clock: in seconds.
     """
 
-    def __init__(self, tries: int) -> None:
-        self._tries = tries
+    def __init__(self, tries: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._tries, self._clock = tries, clock
+        self._heard_at = self._stopped_at = clock()
         self._parts: dict[str, _Part] = {}
         self._known: Notes = {}
         self._news: Notes = {}
@@ -117,7 +122,8 @@ class TrainingBoard:
         self._parts[part].nodes.add(node)
 
     def read_order(self, part: str) -> Order:
-        """What a part is to do now."""
+        """What a part is to do now; its processes ask all the time."""
+        self._heard_at = self._clock()
         if self._should_stop:
             return "stop"
         return "move" if self._parts[part].is_moving else "go on"
@@ -134,7 +140,7 @@ class TrainingBoard:
     def fail(self, part: str, rank: int, error: LogitStoreError) -> int:
         """End the job with an error, the first of several; how many ranks of the part have come here."""
         self._error = self._error or error
-        self._should_stop = True
+        self.ask_stop()
         self._parts[part].failed_ranks.add(rank)
         return len(self._parts[part].failed_ranks)
 
@@ -144,7 +150,12 @@ class TrainingBoard:
 
     def ask_stop(self) -> None:
         """Have all parts save what they have, and end."""
-        self._should_stop = True
+        if not self._should_stop:
+            self._should_stop, self._stopped_at = True, self._clock()
+
+    def is_quiet(self) -> bool:
+        """Whether the job is to stop, and no process of it has anything to save: what is left waits for machines."""
+        return self._should_stop and self._clock() - max(self._heard_at, self._stopped_at) >= _QUIET_SECONDS
 
     def move_from(self, nodes: Collection[str]) -> list[str]:
         """Have parts that run on machines that will be taken away go elsewhere; those that did not know it yet."""

@@ -56,8 +56,8 @@ class _Fit(threading.Thread, Generic[T]):
             self.error = error
 
 
-def watch_job(fit: Callable[[], T], board: Any, on_news: Callable[[News], None]) -> T:
-    """Run a job to its end, and return what `fit` returns; call it from the main thread.
+def watch_job(fit: Callable[[], T], board: Any, on_news: Callable[[News], None]) -> T | None:
+    """Run a job to its end; call it from the main thread.
 
     SIGTERM has the job save what it has and end. Parts of it on machines that Ray will take away are told to move.
 
@@ -65,6 +65,9 @@ def watch_job(fit: Callable[[], T], board: Any, on_news: Callable[[News], None])
         fit: Ray's loop, which ends when all parts of the job have.
         board: of the job, which ends with it.
         on_news: called with what the board has, twice a second and once after the end.
+
+    Returns:
+        What `fit` returns; None of a job that was stopped while all that was left of it waited for machines.
 
     Raises:
         LogitStoreError: what a process of the job failed with.
@@ -74,10 +77,14 @@ def watch_job(fit: Callable[[], T], board: Any, on_news: Callable[[News], None])
     try:
         with listen_for_stop() as request:
             loop.start()
-            while loop.is_alive():
+            is_quiet = False
+            while loop.is_alive() and not is_quiet:
                 loop.join(_LOOK_SECONDS)
-                _look(board, request, on_news)
-        news = _look(board, StopRequest(), on_news)
+                if request.is_made:
+                    ray.get(board.ask_stop.remote())
+                _pass_on(board, on_news)
+                is_quiet = ray.get(board.is_quiet.remote())
+        news = _pass_on(board, on_news)
     except RayError as error:
         raise _describe_trouble(error) from error
     finally:
@@ -87,7 +94,18 @@ def watch_job(fit: Callable[[], T], board: Any, on_news: Callable[[News], None])
         raise news.error
     if loop.error is not None:
         raise _describe_trouble(loop.error) from loop.error
-    return loop.results[0]
+    return loop.results[0] if loop.results else None
+
+
+def _pass_on(board: Any, on_news: Callable[[News], None]) -> News:
+    """Tell parts to move, and the driver what is new."""
+    for part in ray.get(board.move_from.remote(list(read_draining()))):
+        _LOG.warning("%s is on a machine that will be taken away: it is saved, and goes on elsewhere", part)
+    news: News = ray.get(board.take_news.remote())
+    for line in news.beginnings:
+        _LOG.warning("%s", line)
+    on_news(news)
+    return news
 
 
 def _describe_trouble(error: Exception) -> OutsideError:
@@ -118,7 +136,7 @@ def follow_orders(board: Any, part: str, request: StopRequest) -> Iterator[None]
     def look() -> None:
         while not is_over.wait(_LOOK_SECONDS):
             try:
-                request.is_made = request.is_made or ray.get(board.read_order.remote(part)) != "go on"
+                request.is_made |= ray.get(board.read_order.remote(part)) != "go on"
             except RayError:
                 return  # the driver is gone, and this process will be
 

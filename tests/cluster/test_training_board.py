@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
+from pathlib import Path
+
 import pytest
 
 from cluster.training_board import TrainingBoard
+from cluster.training_watch import SharedFolder
 from cluster.worker_demand import WorkerDemand, build_worker_demand, check_room
 from logitstore.errors import ConfigError, OutsideError
 
@@ -86,6 +90,41 @@ def test_stop_goes_before_moving(board: TrainingBoard) -> None:
     board.ask_stop()
     assert board.read_order("one") == "stop"
     assert board.take_news().error is None
+
+
+def test_job_that_is_stopped_is_quiet_when_no_process_has_asked_for_a_while() -> None:
+    seconds = 0.0
+    board = TrainingBoard(tries=3, clock=lambda: seconds)
+    board.leave("one", None, ["a"])
+    board.begin("one", 0)
+    seconds = 100.0
+    assert not board.is_quiet()
+    board.ask_stop()
+    seconds = 110.0
+    assert not board.is_quiet()
+    assert board.read_order("one") == "stop"
+    seconds = 120.0
+    board.ask_stop()
+    assert not board.is_quiet()
+    seconds = 126.0
+    assert board.is_quiet()
+
+
+def test_process_that_does_not_see_the_output_folder_is_refused_with_both_machines(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "first"
+    with SharedFolder(folder) as shared:
+        shared.check_is_seen()
+        elsewhere: SharedFolder = pickle.loads(pickle.dumps(shared))
+        elsewhere.check_is_seen()
+        [marker] = folder.iterdir()
+        marker.unlink()
+        with pytest.raises(ConfigError, match=rf"all machines of the cluster share, found {folder} on .* and another"):
+            elsewhere.check_is_seen()
+        folder.rmdir()
+        with pytest.raises(ConfigError, match="shared file system"):
+            elsewhere.check_is_seen()
+    with pytest.raises(OutsideError, match="folder to write to"), SharedFolder(Path("/proc/nowhere")):
+        pass
 
 
 @pytest.mark.parametrize(
