@@ -45,7 +45,7 @@ def head(shared_head: RayHead) -> RayHead:
 def capture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The quickstart's capture, with a tiny teacher and in many units."""
     folder = tmp_path_factory.mktemp("capture")
-    write_corpus(folder / "corpus", train_bytes=300_000, held_out_bytes=20_000)
+    write_corpus(folder / "corpus", train_bytes=200_000, held_out_bytes=20_000)
     values = yaml.safe_load((HERE / "capture.yaml").read_text())
     values["store"] = str(folder / "store")
     values["corpus"]["sources"] = {
@@ -78,9 +78,7 @@ def test_capture_whose_head_is_killed_goes_on_when_it_is_submitted_again(head: R
     assert "job first goes on" in log
 
     head.ensure()
-    _, log = head.run(
-        "capture", str(capture), "--package", "--secret", SECRET_NAME, "actors.count=2", "actors.cpus=0.5"
-    )
+    _, log = head.run("capture", str(capture), "--package", "--secret", SECRET_NAME)
     attempts = read_attempts(files)
     store = LogitStore.open(files.url)
     assert f"{len(attempts)} units planned, {len(before)} committed" in log
