@@ -42,7 +42,7 @@ def test_actors_killed_at_every_step_of_a_unit_lose_and_repeat_nothing(cluster: 
 def test_actors_without_room_on_disk_or_in_memory_cost_no_more_than_a_document(
     cluster: FaultCluster, tmp_path: Path
 ) -> None:
-    capture = make_capture(tmp_path, marked=frozenset({50}))
+    capture = make_capture(tmp_path, num_documents=32, num_units=8, marked=frozenset({20}))
     cluster.faults.plan(
         Fault(place="spilling", kind="full_disk", times=3),
         Fault(place="scoring", kind="out_of_memory", sequences=12, times=None),
@@ -54,7 +54,7 @@ def test_actors_without_room_on_disk_or_in_memory_cost_no_more_than_a_document(
     assert struck["out_of_memory"] >= 10
     assert log.count("expected room for a shard until it is uploaded, found [Errno 27]") == 3
     assert (summary["run"]["failures"], summary["run"]["actor_losses"]) == (0, 0)
-    assert check_whole(capture, dead=frozenset({50}), reason="out_of_memory") == set()
+    assert check_whole(capture, dead=frozenset({20}), reason="out_of_memory") == set()
     cluster.check_nobody_works()
 
 
