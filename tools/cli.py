@@ -18,6 +18,7 @@ import tools.gc
 import tools.inspect
 import tools.plan
 import tools.query
+import tools.report
 import tools.status
 import tools.submit
 import tools.sweep
@@ -107,6 +108,7 @@ app.command("verify")(tools.verify.command)
 app.command("gc")(tools.gc.command)
 app.command("inspect")(tools.inspect.command)
 app.command("diff")(tools.diff.command)
+app.command("report")(tools.report.command)
 app.command("query")(tools.query.command)
 app.command("train")(tools.train.command)
 app.command("sweep")(tools.sweep.command)

@@ -162,18 +162,15 @@ def check_outputs(report: Path | None, harness: Sequence[str] | None, harness_fo
         ConfigError: the report cannot be written, or the options for the harness do not go together.
     """
     from logitstore.errors import ConfigError
+    from tools.page import check_page_path
 
     if harness_folder is not None and (not harness or not harness_folder.is_dir()):
         found = "no --harness" if not harness else f"no folder {str(harness_folder)!r}"
         raise ConfigError(f"--harness-folder: expected a folder of tasks, and --harness beside it, found {found}")
     if harness and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("--harness: expected one process, found several; run the tasks without torchrun")
-    if report is None:
-        return
-    if not report.parent.is_dir():
-        raise ConfigError(f"--report: {report}: expected a folder to write it in, found none; make it first")
-    if report.exists() and not report.read_bytes()[:15].lower().startswith(b"<!doctype html>"):
-        raise ConfigError(f"--report: {report}: expected a new file or an earlier page, found another; choose a name")
+    if report is not None:
+        check_page_path(report, "--report")
 
 
 def evaluate_by_name(

@@ -13,7 +13,14 @@ from tools.charts import DotRow, Line, build_dot_chart, build_line_chart
 from tools.curves import read_curves
 from tools.look import print_note
 from tools.page import build_charts, build_facts, build_page, build_table, choose_style
-from tools.student_results import StudentResult, build_cells, build_comparison, build_curves, build_reliability
+from tools.student_results import (
+    StudentResult,
+    build_cells,
+    build_comparison,
+    build_curves,
+    build_reliability,
+    list_curves,
+)
 from trainer.config import EvaluateSettings
 from trainer.evaluation import EntropyFigures, Evaluation, GroupFigures
 
@@ -81,19 +88,20 @@ def build_evaluation_report(data: EvaluationReport) -> str:
         "<h2>Figures</h2>",
         build_comparison(students, f"On {positions:,} positions of the store"),
         build_charts(
-            [build_reliability(students, title="Calibration", with_teacher=True), *_build_entropy_charts(students)]
+            [build_reliability(students, title="Calibration", with_teacher=True), *build_entropy_charts(students)]
         ),
         _build_entropy_table(students),
         _build_groups("Sources", students, lambda evaluation: evaluation.by_source),
         _build_groups("Labels", students, lambda evaluation: evaluation.by_label),
     ]
-    if curves := build_charts(build_curves(students)):
+    if curves := build_charts(build_curves(list_curves(students))):
         sections += ["<h2>Training</h2>", curves]
     subtitle = f"Store {data.store}, teacher {data.teacher}, logitstore {__version__}"
     return build_page(data.title, subtitle, "\n".join(sections))
 
 
-def _build_entropy_charts(students: Sequence[StudentResult]) -> list[str]:
+def build_entropy_charts(students: Sequence[StudentResult]) -> list[str]:
+    """Charts of the students' agreement with the teacher, and distance from it, by the teacher's entropy."""
     label = "entropy of the teacher, nats"
     return [
         _build_entropy_chart("Agreement by entropy", label, "same likeliest token", "top1_agreement", students),

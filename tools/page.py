@@ -1,9 +1,12 @@
-"""The look of the project's HTML pages: self-contained, no script, no network, light and dark."""
+"""The look of the project's HTML pages: self-contained, no network, light and dark."""
 
 from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from logitstore.errors import ConfigError
 
 # Colours of students in charts; a ninth begins again.
 _NUM_STYLES = 8
@@ -37,10 +40,10 @@ svg circle.teacher { fill: var(--paper); stroke: var(--soft); stroke-width: 1.6;
 """
 
 
-def build_page(title: str, subtitle: str, body: str) -> str:
-    """A whole page; `body` is HTML, the others are text."""
+def build_page(title: str, subtitle: str, body: str, *, head: str = "") -> str:
+    """A whole page; `body` and what comes first of its `head` are HTML, the others are text."""
     return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<html lang="en"><head><meta charset="utf-8">{head}<meta name="viewport" content="width=device-width">
 <title>{write_text(title)}</title><link rel="icon" href="data:,"><style>{_build_style()}</style></head><body><main>
 <h1>{write_text(title)}</h1><p>{write_text(subtitle)}</p>
 {body}
@@ -71,6 +74,18 @@ def build_notes(summary: str, notes: Sequence[str]) -> str:
 def build_charts(charts: Sequence[str]) -> str:
     """Charts side by side where there is room; empty ones are left out."""
     return f'<div class="charts">{"".join(charts)}</div>' if any(charts) else ""
+
+
+def check_page_path(path: Path, option: str) -> None:
+    """Check before anything takes time that a page can be written: a new file, or an earlier page.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if not path.parent.is_dir():
+        raise ConfigError(f"{option}: {path}: expected a folder to write it in, found none; make it first")
+    if path.exists() and not path.read_bytes()[:15].lower().startswith(b"<!doctype html>"):
+        raise ConfigError(f"{option}: {path}: expected a new file or an earlier page, found another; choose a name")
 
 
 def choose_style(number: int) -> str:

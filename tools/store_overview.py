@@ -195,6 +195,11 @@ def render_overview(overview: StoreOverview) -> list[RenderableType]:
 
 
 def _build_head(overview: StoreOverview) -> Table:
+    return build_facts(list_facts(overview))
+
+
+def list_facts(overview: StoreOverview) -> list[tuple[str, object]]:
+    """What a store is and what it says in the mean: names and values, for people."""
     teacher = overview.teacher
     facts: list[tuple[str, object]] = [
         ("store", overview.store),
@@ -217,7 +222,7 @@ def _build_head(overview: StoreOverview) -> Table:
             ("entropy", format_entropy(overview.mean_entropy)),
             ("teacher's loss", _describe_loss(overview)),
         ]
-    return build_facts(facts)
+    return facts
 
 
 def _describe_documents(overview: StoreOverview) -> str:
@@ -249,6 +254,12 @@ def _describe_loss(overview: StoreOverview) -> str:
 
 
 def _build_columns(overview: StoreOverview) -> Table:
+    columns = ["column", "#bytes", "#share", "#bytes per position"]
+    return build_table("Where the bytes are", columns, list_column_rows(overview))
+
+
+def list_column_rows(overview: StoreOverview) -> list[tuple[str, str, str, str]]:
+    """Name, bytes, share of all bytes, and bytes per position of every column, the largest first; the rest last."""
     rows = [
         (name, format_bytes(size), format_share(size / overview.bytes), f"{size / overview.positions:.2f}")
         for name, size in sorted(overview.columns.items(), key=lambda item: -item[1])
@@ -262,7 +273,7 @@ def _build_columns(overview: StoreOverview) -> Table:
             f"{other / overview.positions:.2f}",
         )
     )
-    return build_table("Where the bytes are", ["column", "#bytes", "#share", "#bytes per position"], rows)
+    return rows
 
 
 def _build_histograms(overview: StoreOverview) -> Table:

@@ -75,9 +75,10 @@ def build_report(data: ReportData) -> str:
         "Entropy of the teacher", "nats", "positions", list(data.entropy_histogram), ENTROPY_BIN_NATS
     )
     positions = data.students[0].evaluation.positions if data.students else 0
+    training = [*build_curves(list_curves(data.students)), build_reliability(data.students)]
     body = f"""<h2>What the teacher said</h2>{build_facts(data.facts)}{build_charts([entropy])}
 <h2>What the students learned</h2>{build_comparison(data.students, f"On {positions:,} held-out positions")}
-<h2>How they got there</h2>{build_charts([*build_curves(data.students), build_reliability(data.students)])}"""
+<h2>How they got there</h2>{build_charts(training)}"""
     subtitle = f"Store {data.store}, teacher {data.teacher}, logitstore {__version__}"
     return build_page(data.title, subtitle, body)
 
@@ -133,19 +134,24 @@ def find_best(values: Sequence[float | None], *, more_is_better: bool) -> float 
     return max(known) if more_is_better else min(known)
 
 
-def build_curves(students: Sequence[StudentResult]) -> list[str]:
-    """Charts of the students' training, of every figure that any of them has at more than one step."""
+def build_curves(curves_by_name: Mapping[str, Sequence[Curve]]) -> list[str]:
+    """Charts of students' training, of every figure that any of them has at more than one step."""
     charts = []
     for title, label, name in _CURVES:
         lines = [
-            Line(name=student.name, points=curve.points, style=choose_style(number))
-            for number, student in enumerate(students)
-            for curve in student.curves
+            Line(name=student, points=curve.points, style=choose_style(number))
+            for number, (student, curves) in enumerate(curves_by_name.items())
+            for curve in curves
             if curve.name == name
         ]
         if any(len(line.points) > 1 for line in lines):
             charts.append(build_line_chart(title, "step", label, lines))
     return charts
+
+
+def list_curves(students: Sequence[StudentResult]) -> dict[str, tuple[Curve, ...]]:
+    """The students' curves by their names."""
+    return {student.name: student.curves for student in students}
 
 
 def build_reliability(
@@ -184,4 +190,5 @@ __all__ = [
     "build_report",
     "find_best",
     "list_compared",
+    "list_curves",
 ]

@@ -23,6 +23,7 @@ VERBS = (
     "gc",
     "inspect",
     "diff",
+    "report",
     "query",
     "train",
     "sweep",
