@@ -34,7 +34,7 @@ from tools.store_report.numbers import (
     encode_shares,
 )
 from tools.store_report.payload import build_palette, build_payload, read_payload, split_planes
-from tools.store_report.sample import Sample, read_sample
+from tools.store_report.sample import Sample, read_sample, share_out
 from tools.store_report.token_table import build_token_table, escape_invisible
 from tools.store_report.voices import build_voice
 
@@ -139,6 +139,14 @@ def test_records_are_few_where_few_are_wanted_and_spread_over_the_store(
     assert len(sample.records) == 6
     assert {record.address.unit for record in sample.records} == set(range(6))
     assert sample.positions_read >= sum(sizes.sum() for sizes in sample.support_sizes) > sample.num_positions
+
+
+@pytest.mark.parametrize(
+    ("sizes", "total", "shares"),
+    [([133, 75, 59], 200, [71, 70, 59]), ([5, 5], 20, [5, 5]), ([9, 9, 9], 2, [0, 1, 1]), ([], 3, [])],
+)
+def test_records_are_shared_out_evenly_as_far_as_there_are_any(sizes: list[int], total: int, shares: list[int]) -> None:
+    assert share_out(np.array(sizes, dtype=np.int64), total).tolist() == shares
 
 
 def test_text_that_would_turn_lines_or_hide_is_written_as_escapes() -> None:

@@ -71,14 +71,14 @@ def read_sample(
     counts = [_Counts() for _ in names]
     damaged: list[CorruptShardError] = []
     chosen = _choose(source, max_records)
-    for done, row_group in enumerate(chosen, start=1):
+    shares = share_out(source.row_group_records[chosen], max_records)
+    for done, (row_group, share) in enumerate(zip(chosen, shares.tolist(), strict=True), start=1):
         try:
             batch = source.read_row_group(row_group, with_documents=True)
         except CorruptShardError as error:
             damaged.append(error)
             continue
-        wanted = -(-(max_records - len(records)) // (len(chosen) - done + 1))
-        places = (np.arange(min(wanted, len(batch))) * len(batch)) // max(1, min(wanted, len(batch)))
+        places = np.arange(share) * len(batch) // max(1, share)
         for one, part in zip(counts, _list_batches(batch), strict=True):
             one.add(part)
         taken = [_take(part, places) for part in _list_batches(batch)]
@@ -106,6 +106,16 @@ def _choose(source: LogitStore | AlignedStores, max_records: int) -> list[int]:
     num_row_groups = min(len(records), MAX_ROW_GROUPS, max_records)
     spread = choose_row_groups(records, max(1, int(records.mean() * num_row_groups)))
     return [int(row_group) for row_group in spread[:num_row_groups]]
+
+
+def share_out(sizes: np.ndarray, total: int) -> np.ndarray:
+    """[G] int64, as even shares of a total as the sizes allow; all of them where they are not more."""
+    shares = np.zeros(len(sizes), dtype=np.int64)
+    left = total
+    for rank, place in enumerate(np.argsort(sizes, kind="stable")):
+        shares[place] = min(int(sizes[place]), left // (len(sizes) - rank))
+        left -= int(shares[place])
+    return shares
 
 
 def _list_batches(batch: RecordBatch) -> Iterator[RecordBatch]:
