@@ -3,7 +3,8 @@
 The rules, for each group: with a `count`, so many are asked for at once, and those that find no machine wait, which a
 cluster that can grow takes for demand. Without one there are as many as the machines have room for, and at least one; a
 machine that joins brings its own. What was once reached stays asked for while machines come and go, since the next one
-may take the place of the last. There are never more actors than units, and none comes back that could not load.
+may take the place of the last. There are no more actors than units, save those that wait for machines there are not:
+nobody waits for them, later groups are asked for the units instead. None comes back that could not load.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ class ActorGroup:
         settings: of the capture, with the teacher as these actors run it.
         demand: what each asks for.
         count, most: as of `ActorGroupSettings`.
-        reached: the most actors that machines had room for.
+        room: actors that machines have room for now.
+        reached: the most that they had room for.
         dropped: actors that could not load, and are not replaced.
         unit_seconds: that a unit takes one of them, of late; None before the first.
     """
@@ -34,6 +36,7 @@ class ActorGroup:
     demand: ActorDemand
     count: int | None = None
     most: int | None = None
+    room: int = 0
     reached: int = 0
     dropped: int = 0
     unit_seconds: float | None = None
@@ -70,22 +73,27 @@ def find_room(groups: Sequence[ActorGroup], machines: Sequence[Machine]) -> None
     """Take note of machines that have joined: groups without a count may grow."""
     rooms = count_rooms([group.demand for group in groups], [group.count or group.most for group in groups], machines)
     for group, room in zip(groups, rooms, strict=True):
-        group.reached = max(group.reached, room)
+        group.room, group.reached = room, max(group.reached, room)
     if not any(group.wanted + group.dropped for group in groups):
         groups[0].reached = 1  # there is no machine yet: one actor that waits tells the cluster what for
 
 
-def plan_counts(groups: Sequence[ActorGroup], most: int | None) -> list[int]:
+def plan_counts(groups: Sequence[ActorGroup], most: int | None, ready: Sequence[int] | None = None) -> list[int]:
     """How many actors of each group there should be now, earlier groups first.
 
     Args:
         groups: of the capture.
         most: of all actors together, since there are no more units; None while nobody knows.
+        ready: actors of each group that have loaded, and so come before all that have not; none by default.
     """
+    if most is None:
+        return [group.wanted for group in groups]
+    ready = ready or [0] * len(groups)
     counts = []
-    left = most
-    for group in groups:
-        count = group.wanted if left is None else min(group.wanted, left)
-        left = None if left is None else left - count
+    left = max(0, most - sum(ready))
+    for group, num_ready in zip(groups, ready, strict=True):
+        count = min(group.wanted, num_ready + left)
+        # What waits for a machine that there is not takes no unit from those that have one.
+        left -= max(0, min(count, group.room) - num_ready)
         counts.append(count)
     return counts

@@ -68,6 +68,7 @@ class CaptureLoop:
         find_room(self._groups, machines)
         self._pool = ActorPool(cluster)
         self._first: LoadedTeacher | None = None
+        self._last_drop: LogitStoreError | None = None
         self._hungry: dict[int, Slot] = {}  # who may be sent a unit
         self._num_looks = 0
         self._next_look = 0.0
@@ -201,13 +202,16 @@ class CaptureLoop:
         useful = self._queue.num_useful if self._num_units_is_known else self._most_actors
         kept = None if useful is None else useful + self._queue.wants_reserve
         slots = [slot for slot in self._pool.slots.values() if not slot.is_retired]
-        plans = zip(self._groups, plan_counts(self._groups, useful), plan_counts(self._groups, kept), strict=True)
-        for group, count, most in plans:
-            own = [slot for slot in slots if slot.group is group]
+        owned = [[slot for slot in slots if slot.group is group] for group in self._groups]
+        ready = [sum(slot.is_ready for slot in own) for own in owned]
+        counts, mosts = (plan_counts(self._groups, bound, ready) for bound in (useful, kept))
+        for group, own, count, most in zip(self._groups, owned, counts, mosts, strict=True):
             for _ in range(count - len(own)):
                 self._pool.add(group)
             for slot in [slot for slot in reversed(own) if not slot.is_ready][: max(0, len(own) - most)]:
                 self._let_go(slot)
+        if not self._pool.slots and useful != 0 and self._last_drop is not None:
+            raise self._last_drop  # so many could not load over time that nobody is to take the place of the lost ones
 
     def _warn_if_nobody_is_ready(self) -> None:
         now = time.monotonic()
@@ -262,6 +266,7 @@ class CaptureLoop:
     def _drop(self, slot: Slot, error: LogitStoreError) -> None:
         """An actor cannot load: go on without it, unless it is the only one or nobody has loaded yet."""
         slot.group.dropped += 1
+        self._last_drop = error
         self._let_go(slot)
         is_alone = self._first is None and not isinstance(error, OutsideError)
         if is_alone or not self._pool.slots:

@@ -109,8 +109,8 @@ class UnitQueue:
 
     @property
     def num_useful(self) -> int:
-        """The most actors that can be of use: those at work, and one for each pending unit."""
-        return self.num_pending + len(self._busy)
+        """The most actors that can be of use: one for each pending unit, and those at work that may take more."""
+        return self.num_pending + sum(actor.is_ready for actor in self._busy.values())
 
     @property
     def wants_reserve(self) -> bool:

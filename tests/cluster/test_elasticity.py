@@ -6,13 +6,15 @@ import logging
 from pathlib import Path
 
 import pytest
-from made_up_cluster import MadeUpCluster, build_made_up_cluster
+from made_up_cluster import MadeUpActor, MadeUpCluster, build_made_up_cluster, raised_in_actor
 from ray.exceptions import ActorDiedError
 
+from cluster.actor_groups import ActorGroup
 from cluster.draining import should_hand_back
 from cluster.driver import run_capture
 from cluster.placement import Machine
 from cluster.report import CaptureReport
+from logitstore.errors import OutsideError
 from logitstore.store.commit import read_quarantine
 from logitstore.store.files import StoreFiles
 from logitstore.store.logit_store import LogitStore
@@ -141,6 +143,53 @@ def test_loss_of_an_actor_whose_machine_was_to_go_is_held_against_no_unit(
     )
     report = capture_all(made_up_cluster)
     assert report.figures.actor_losses == 10
+
+
+def test_units_go_to_later_groups_while_an_earlier_one_waits_for_its_machines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups = [{"count": 8, "resources": {"H100": 1}}, {"count": 2}]
+    made_up = build_made_up_cluster(tmp_path, monkeypatch, NUM_UNITS, actors={"cpus": 2, "groups": groups})
+    waiting: set[int] = set()
+    start = made_up.start
+
+    def start_and_note(number: int, group: ActorGroup) -> MadeUpActor:
+        (waiting.add if group.number == 0 else waiting.discard)(number)
+        return start(number, group)
+
+    monkeypatch.setattr(made_up, "start", start_and_note)
+    made_up.seconds = lambda actor, unit: 1e9 if actor in waiting else 10.0
+    monkeypatch.setattr(made_up, "read_free", lambda: pytest.fail("nobody captures"))
+    capture_all(made_up)
+    StoreFiles(made_up.settings.store).delete("commits/0000005.json")
+    made_up.started.clear()
+    made_up.ended.clear()
+    capture_all(made_up)
+    assert len(made_up.started) == 2  # one of each group
+
+
+def test_no_actor_is_started_in_vain_while_the_last_unit_runs(
+    made_up_cluster: MadeUpCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine that is taken away, and would be left in time."""
+    made_up_cluster.seconds = lambda actor, unit: 1.0 if unit is None else (300.0 if unit == 23 else 10.0)
+    take_away(made_up_cluster, monkeypatch, "n1", notice=150.0, deadline=1000.0)
+    capture_all(made_up_cluster)
+    assert made_up_cluster.sent[-1] == (1, 23)
+    assert made_up_cluster.started == [0, 1]
+
+
+def test_actors_that_could_not_load_over_time_end_a_capture_that_has_nobody_left(
+    made_up_cluster: MadeUpCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two could not load; when the machine of the last one is taken away, nobody is to take its place."""
+    made_up_cluster.seconds = lambda actor, unit: 1.0 if unit is None else 10.0
+    made_up_cluster.answer_load = lambda actor: raised_in_actor(OutsideError("hub: 503")) if actor else None
+    take_away(made_up_cluster, monkeypatch, "n0", notice=30.0, deadline=150.0)
+    monkeypatch.setattr(made_up_cluster, "read_free", lambda: pytest.fail("nobody captures, and nobody says so"))
+    with pytest.raises(OutsideError, match="hub: 503"):
+        run_capture(made_up_cluster.settings, quiet=True)
+    assert LogitStore.open(made_up_cluster.settings.store).manifest.units.tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(
