@@ -9,11 +9,13 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
 from typing import Any, Literal
 
 import ray
+from ray.exceptions import RayError
 
 _LOG = logging.getLogger("logitstore.capture")
 Cloud = Literal["aws", "azure", "gcp"]
@@ -31,6 +33,8 @@ class CloudNotice:
         is_notice: whether an answer is one.
         seconds: that the cloud leaves from then on.
         token_path: where a token for the request is asked for first, None where it takes none.
+        name_path: where the machine's name is asked for, None where nobody else is told of its notices.
+        list_names: names of the machines that a notice is for.
     """
 
     path: str
@@ -38,6 +42,12 @@ class CloudNotice:
     is_notice: Callable[[str], bool]
     seconds: float
     token_path: str | None = None
+    name_path: str | None = None
+    list_names: Callable[[str], Sequence[str]] = lambda answer: ()
+
+
+def _list_preemptions(answer: str) -> list[dict[str, Any]]:
+    return [event for event in json.loads(answer)["Events"] if event.get("EventType") == "Preempt"]
 
 
 # Addresses and times as in the clouds' manuals: of spot machines, of preemptible ones on Google's.
@@ -57,8 +67,13 @@ NOTICES: dict[Cloud, CloudNotice] = {
     "azure": CloudNotice(
         path="/metadata/scheduledevents?api-version=2020-07-01",
         headers={"Metadata": "true"},
-        is_notice=lambda answer: any(event.get("EventType") == "Preempt" for event in json.loads(answer)["Events"]),
+        is_notice=lambda answer: bool(_list_preemptions(answer)),
         seconds=30.0,
+        # All machines of a scale set hear of each that goes.
+        name_path="/metadata/instance/compute/name?api-version=2021-02-01&format=text",
+        list_names=lambda answer: [
+            name for event in _list_preemptions(answer) for name in event.get("Resources") or ()
+        ],
     ),
     "gcp": CloudNotice(
         path="/computeMetadata/v1/instance/preempted",
@@ -90,7 +105,12 @@ def find_notice(cloud: Cloud, address: str | None = None) -> float | None:
         if error.code == 404:
             return None
         raise
-    return notice.seconds if notice.is_notice(answer) else None
+    if not notice.is_notice(answer):
+        return None
+    names = notice.list_names(answer)
+    if notice.name_path is not None and names and _ask(address + notice.name_path, headers).strip() not in names:
+        return None
+    return notice.seconds
 
 
 def _ask(url: str, headers: Mapping[str, str], method: str = "GET") -> str:
@@ -112,14 +132,18 @@ def _watch(cloud: Cloud) -> None:
     while True:
         try:
             seconds = find_notice(cloud)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, HTTPException) as error:
             seconds = None
             level = logging.DEBUG if has_warned else logging.WARNING
             has_warned = True
             _LOG.log(level, "actors.notice: %s: this machine's metadata tells nothing: %s", cloud, error)
         if seconds is not None:
-            drain_this_machine(f"notice of {cloud}", seconds)
-            return
+            try:
+                drain_this_machine(f"notice of {cloud}", seconds)
+            except (RayError, RuntimeError, OSError, ValueError) as error:  # there is time to tell it again
+                _LOG.warning("Ray does not hear that this machine will be gone in %.0f s: %s", seconds, error)
+            else:
+                return
         time.sleep(_SECONDS_BETWEEN)
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar
 
 import pytest
+from ray.exceptions import RaySystemError
 
+from cluster import preemption
 from cluster.preemption import Cloud, find_notice
 
 EVENT = '{"DocumentIncarnation": 1, "Events": [{"EventId": "1", "EventType": "%s", "ResourceType": "VirtualMachine"}]}'
@@ -16,6 +19,7 @@ ACTION = '{"action": "terminate", "time": "2026-11-22T20:00:00Z"}'
 INSTANCE_ACTION = "/latest/meta-data/spot/instance-action"
 PREEMPTED = "/computeMetadata/v1/instance/preempted"
 SCHEDULED = "/metadata/scheduledevents?api-version=2020-07-01"
+NAME = "/metadata/instance/compute/name?api-version=2021-02-01&format=text"
 
 
 class Metadata(BaseHTTPRequestHandler):
@@ -32,6 +36,7 @@ class Metadata(BaseHTTPRequestHandler):
             INSTANCE_ACTION: ("X-aws-ec2-metadata-token", "a-token"),
             PREEMPTED: ("Metadata-Flavor", "Google"),
             SCHEDULED: ("Metadata", "true"),
+            NAME: ("Metadata", "true"),
         }
         name, value = headers[self.path]
         if self.headers.get(name) != value:
@@ -76,6 +81,33 @@ def test_notice_of_a_cloud_is_found_and_nothing_else_is_taken_for_one(
 ) -> None:
     monkeypatch.setattr(Metadata, "answers", {} if answer is None else {path: answer})
     assert find_notice(cloud, address) == seconds
+
+
+@pytest.mark.parametrize(("resources", "seconds"), [(["gpus_3"], None), (["gpus_3", "gpus_1"], 30.0)])
+def test_notice_to_another_machine_of_an_azure_scale_set_is_none(
+    address: str, monkeypatch: pytest.MonkeyPatch, resources: list[str], seconds: float | None
+) -> None:
+    notice = {"Events": [{"EventType": "Preempt", "Resources": resources}]}
+    monkeypatch.setattr(Metadata, "answers", {SCHEDULED: json.dumps(notice), NAME: "gpus_1"})
+    assert find_notice("azure", address) == seconds
+
+
+def test_notice_is_passed_on_again_when_ray_did_not_hear_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[float] = []
+    has_heard = threading.Event()
+
+    def drain(reason: str, seconds: float) -> None:
+        told.append(seconds)
+        if len(told) == 1:
+            raise RaySystemError("the head does not answer")
+        has_heard.set()
+
+    monkeypatch.setattr(preemption, "find_notice", lambda cloud: 120.0)
+    monkeypatch.setattr(preemption, "drain_this_machine", drain)
+    monkeypatch.setattr(preemption, "_SECONDS_BETWEEN", 0.01)
+    preemption.watch_for_notice("aws")
+    assert has_heard.wait(5)
+    assert told == [120.0, 120.0]
 
 
 def test_machine_of_another_cloud_is_an_error_and_no_notice(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
