@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 
@@ -21,6 +22,8 @@ from logitstore.unit_records import UnitCare
 
 _LOG = logging.getLogger("logitstore.capture")
 _REST_SECONDS = 1.0
+# Half a minute and another attempt at a unit lie between.
+_RECORD_TRIES = 5
 # Of the units before, how much the last one tells of how long the next one takes.
 _LAST_SHARE = 0.3
 
@@ -53,6 +56,7 @@ class UnitEnds:
         self._tries, self._retried = tries, retried
         self._suspicions = Suspicions()
         self._first_failure: ActorFailure | None = None
+        self._unrecorded_in_a_row = 0
 
     def find_care(self, unit: int) -> UnitCare | None:
         """How a unit is to be captured; None for the usual way."""
@@ -83,7 +87,8 @@ class UnitEnds:
                     receipt.seconds if typical is None else typical + _LAST_SHARE * (receipt.seconds - typical)
                 )
             if unit in self._retried:
-                self._files.delete(build_quarantine_path(unit))
+                with contextlib.suppress(OutsideError):  # beside a commit the record means nothing
+                    self._files.delete(build_quarantine_path(unit))
 
     def _end_failed(self, slot: Slot, unit: int, failure: ActorFailure) -> None:
         """The actor lives and reports an error."""
@@ -139,11 +144,21 @@ class UnitEnds:
         self._set_aside(verdict, f"its actor dies every time: {error}"[:4000])
 
     def _set_aside(self, verdict: Verdict, record: str) -> None:
-        """Quarantine a unit, if that is the verdict."""
+        """Quarantine a unit, if that is the verdict; where storage fails just then, the unit is tried once more."""
         if not verdict.set_aside or verdict.unit is None:
             return
-        if verdict.unit in self._retried:
-            self._files.delete(build_quarantine_path(verdict.unit))  # what an earlier run found out
-        quarantine_unit(self._files, QuarantinedUnit(unit=verdict.unit, attempts=verdict.attempts, error=record))
+        entry = QuarantinedUnit(unit=verdict.unit, attempts=verdict.attempts, error=record)
+        try:
+            if entry.unit in self._retried:
+                self._files.delete(build_quarantine_path(entry.unit))  # what an earlier run found out
+            quarantine_unit(self._files, entry)
+        except OutsideError as error:
+            self._unrecorded_in_a_row += 1
+            if self._unrecorded_in_a_row >= _RECORD_TRIES:
+                raise
+            _LOG.warning("unit %d waits, since it cannot be set aside: %s", entry.unit, error)
+            self._queue.put_off(entry.unit, now=time.monotonic())
+            return
+        self._unrecorded_in_a_row = 0
         self._figures.quarantined += 1
         _LOG.error("unit %d is set aside after %d attempts: %s", verdict.unit, verdict.attempts, record.split("\n")[0])

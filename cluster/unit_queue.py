@@ -252,6 +252,10 @@ class UnitQueue:
             and not self._works_elsewhere(self._outside_actors),
         )
 
+    def put_off(self, unit: int, *, now: float) -> None:
+        """A unit that was to be set aside, and could not be, is tried again later."""
+        heapq.heappush(self._waiting, (now + _LONGEST_WAIT_SECONDS, unit))
+
     def lose(self, actor: int, *, is_excused: bool = False) -> Verdict:
         """The actor is gone. An actor runs its units in order, so only the oldest it had can be the cause.
 
