@@ -14,7 +14,6 @@ from types import TracebackType
 from typing import Literal, Self
 
 from cluster.figures import CaptureFigures
-from logitstore.errors import LogitStoreError
 from logitstore.store.files import StoreFiles
 from logitstore.store.plan import PLAN_PATH
 from logitstore.store.running import RunningCapture, delete_running, read_running, write_running
@@ -58,7 +57,7 @@ class Heartbeat:
             return
         self._stop.set()
         self._thread.join()
-        with contextlib.suppress(LogitStoreError):  # the capture's own end is what matters now
+        with contextlib.suppress(Exception):  # the capture's own end is what matters now
             if not self._find_store():
                 return
             if error is None:
@@ -80,7 +79,7 @@ class Heartbeat:
                     self._delete_silent()
                 if self._has_store:
                     write_running(self._files, self._describe(self._figures.phase))
-            except LogitStoreError as error:
+            except Exception as error:  # noqa: BLE001  # a client's own mistake is no reason to fall silent either
                 level = logging.DEBUG if self._has_warned else logging.WARNING
                 self._has_warned = True
                 _LOG.log(level, "'logitstore status' does not hear of this capture: %s", error)
@@ -131,4 +130,6 @@ def _describe_error(error: BaseException) -> str:
     """Class and message; without the secrets of URLs, for everybody who can read the store can read this."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
+    if isinstance(error, SystemExit):  # what Ray makes of SIGTERM
+        return f"stopped by signal {error.code}"
     return hide_secrets(f"{type(error).__name__}: {error}")[:_ERROR_CHARACTERS]

@@ -70,12 +70,15 @@ def test_capture_that_ends_with_an_error_leaves_it_without_secrets(files: StoreF
     assert word.error == "OutsideError: https://***@host/bucket: 503"
 
 
-def test_interrupted_capture_says_so(files: StoreFiles) -> None:
-    with pytest.raises(KeyboardInterrupt), Heartbeat(files, CaptureFigures(), seconds_between=100.0):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize(
+    ("error", "said"), [(KeyboardInterrupt(), "interrupted"), (SystemExit(15), "stopped by signal 15")]
+)
+def test_interrupted_capture_says_so(files: StoreFiles, error: BaseException, said: str) -> None:
+    with pytest.raises(type(error)), Heartbeat(files, CaptureFigures(), seconds_between=100.0):
+        raise error
     word = read_word(files)
     assert word is not None
-    assert (word.phase, word.error) == ("ended", "interrupted")
+    assert (word.phase, word.error) == ("ended", said)
 
 
 def test_next_capture_takes_back_the_words_of_those_not_at_work(files: StoreFiles) -> None:
@@ -121,15 +124,16 @@ def test_capture_without_a_heartbeat_writes_nothing(files: StoreFiles) -> None:
     assert files.list(RUNNING) == []
 
 
+@pytest.mark.parametrize("error", [OutsideError("bucket: 503"), TypeError("bucket: 503")])  # of a client, too
 def test_storage_that_fails_costs_one_warning_and_no_capture(
-    files: StoreFiles, caplog: pytest.LogCaptureFixture
+    files: StoreFiles, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
     tried = []
 
     class Failing(StoreFiles):
         def put(self, path: str, data: bytes) -> None:
             tried.append(path)
-            raise OutsideError("bucket: 503")
+            raise error
 
     with caplog.at_level(logging.DEBUG, "logitstore.capture"):
         with Heartbeat(Failing(files.url), CaptureFigures(), seconds_between=0.01):
