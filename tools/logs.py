@@ -13,6 +13,9 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, and onl
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more on stderr, libraries included.")]
 
 _OURS = ("logitstore", "trainer", "cluster", "tools")
+# Libraries that complain about themselves when transformers tries them out: of kernels for other machines, and of
+# other libraries' enumerations.
+_NOISY = ("torchao", "torch.utils._pytree")
 
 
 class _StderrHandler(logging.StreamHandler[IO[str]]):
@@ -52,6 +55,8 @@ def set_up_logs(*, quiet: bool, verbose: bool) -> None:
             logger.removeHandler(earlier)
     for logger in ours:
         logger.setLevel(logging.ERROR if quiet else logging.DEBUG if verbose else logging.INFO)
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.NOTSET if verbose else logging.ERROR)
     # Libraries with a handler of their own would say everything twice if the root had ours.
     for logger in [root] if verbose else ours:
         logger.addHandler(handler)

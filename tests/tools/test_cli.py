@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from checkout import ROOT
 
 from logitstore import __version__
 from logitstore.errors import IncompatibleStoreError, OutsideError, ShapeError
+from tools.logs import set_up_logs
 
 VERBS = (
     "quickstart",
@@ -215,3 +217,11 @@ def test_training_that_was_asked_to_stop_reports_and_ends_with_4(
     assert (report["steps"], report["interrupted"], report["student"]) == (3, True, None)
     assert report["skipped_steps"] == 1
     assert "run the same command again" in logitstore("train", settings, exit_code=4)[0]
+
+
+def test_libraries_that_complain_about_themselves_are_heard_on_request_alone(logitstore: Any) -> None:
+    heard = {}
+    for verbose in (True, False):  # in this order, so that other tests find them quiet
+        set_up_logs(quiet=False, verbose=verbose)
+        heard[verbose] = logging.getLogger("torchao").isEnabledFor(logging.WARNING)
+    assert heard == {True: True, False: False}
