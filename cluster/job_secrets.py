@@ -18,6 +18,7 @@ from logitstore.url_secrets import hide_secrets
 
 _SECRET_WORDS = frozenset(
     {"secret", "secrets", "token", "password", "passwd", "passphrase", "credential", "credentials", "key", "apikey"}
+    | {"accesskey", "secretkey", "sas", "pat", "authorization", "bearer", "cookie"}
 )
 _WORD_BREAK = re.compile(r"[^A-Za-z0-9]+|(?<=[a-z0-9])(?=[A-Z])")
 # Of a name's last word: it is about a secret, and not the secret itself.

@@ -21,6 +21,8 @@ CAPTURE = {"store": "s3://bucket/store", "corpus": {"files": ["x"]}, "teacher": 
         "DB_PASSWORD",
         "accountKey",
         "sas_token",
+        "AZURE_STORAGE_SAS",
+        "GITHUB_PAT",
     ],
 )
 def test_name_of_a_secret_is_one(name: str) -> None:
@@ -44,6 +46,14 @@ def test_name_of_something_else_is_none(name: str) -> None:
         ({"working_dir": "https://host/x.zip?X-Amz-Signature=1"}, ["working_dir"]),
         ({"storage_options": {"client_kwargs": {"endpoint_url": "http://h"}, "key": "k"}}, ["storage_options.key"]),
         ({"storage_options": {"token": "google_default"}}, []),
+        (
+            {
+                "storage_options": {
+                    "client_kwargs": {"headers": {"Authorization": "Bearer b", "Cookie": "c", "Accept": "*"}}
+                }
+            },
+            [f"storage_options.client_kwargs.headers.{name}" for name in ("Authorization", "Cookie")],
+        ),
         ({"method": {"top_key": "x", "key": "y"}}, []),
     ],
 )
