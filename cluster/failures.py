@@ -9,6 +9,7 @@ from ray.exceptions import RayTaskError, UnserializableException
 
 from logitstore.errors import CaptureError, ConfigError, LogitStoreError, StoreNotFoundError, TeacherError
 from logitstore.teacher.openai_api_budget import SpendingLimitError
+from logitstore.url_secrets import hide_secrets
 
 # What an actor raised: itself, or its text alone where it cannot be unpickled here.
 RAISED = (RayTaskError, UnserializableException)
@@ -70,7 +71,13 @@ def read_failure(error: RayTaskError | UnserializableException) -> ActorFailure:
     cause = getattr(error, "cause", None)
     # Ray's error is also an instance of the cause's class; that one has the traceback only as its text.
     traceback = _MARKERS.sub("", _COLOUR.sub("", getattr(error, "traceback_str", None) or str(error)))
-    summary = f"{type(cause).__name__}: {cause}" if cause is not None else traceback.strip().rpartition("\n")[2]
+    # Clients name the URLs that they were sent to, signed ones too. Summary and traceback are logged and stored.
+    traceback = _hide_secrets_of_lines(traceback)
+    summary = (
+        _hide_secrets_of_lines(f"{type(cause).__name__}: {cause}")
+        if cause is not None
+        else traceback.strip().rpartition("\n")[2]
+    )
     address = _ADDRESS.search(traceback)
     return ActorFailure(
         error=cause if isinstance(cause, LogitStoreError) else CaptureError(summary),
@@ -79,3 +86,7 @@ def read_failure(error: RayTaskError | UnserializableException) -> ActorFailure:
         traceback=traceback,
         host=address[1] if address else "its machine",
     )
+
+
+def _hide_secrets_of_lines(text: str) -> str:
+    return "\n".join(map(hide_secrets, text.split("\n")))

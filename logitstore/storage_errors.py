@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from logitstore.errors import ConfigError, LogitStoreError, OutsideError
+from logitstore.url_secrets import hide_secrets
 
 # Raised by mistakes in a program, never by a storage that answers badly.
 _PROGRAMMING_ERRORS = (TypeError, AttributeError, AssertionError, LookupError, NameError, MemoryError, RecursionError)
@@ -46,7 +47,9 @@ def storage_errors(where: str) -> Iterator[None]:
         ) from error
     except Exception as error:
         if is_denied(error):
-            raise ConfigError(f"{where}: access denied ({error}); check the credentials of this storage") from error
+            raise ConfigError(
+                f"{where}: access denied ({hide_secrets(str(error))}); check the credentials of this storage"
+            ) from error
         if _SETTINGS_CLASS.search(type(error).__name__) or str(error).startswith("Invalid endpoint"):
             raise ConfigError(
                 f"{where}: expected settings that the client of this storage can use, found {error}; correct the "
@@ -54,7 +57,9 @@ def storage_errors(where: str) -> Iterator[None]:
             ) from error
         if find_status(error) == 404:  # azure, of a container
             raise FileNotFoundError(f"{where}: {error}") from error
-        raise OutsideError(f"{where}: storage failed with {error!r}; run the command again") from error
+        raise OutsideError(
+            f"{where}: storage failed with {hide_secrets(repr(error))}; run the command again"
+        ) from error
 
 
 def is_denied(error: Exception) -> bool:

@@ -9,6 +9,7 @@ from ray.exceptions import RayTaskError
 
 from cluster.failures import ActorFailure, read_failure
 from logitstore.errors import CaptureError, ConfigError, LogitStoreError, OutsideError, StoreNotFoundError, TeacherError
+from logitstore.storage_errors import storage_errors
 from logitstore.teacher.openai_api_budget import SpendingLimitError
 
 
@@ -33,6 +34,15 @@ def test_foreign_error_keeps_its_class_name_and_its_traceback() -> None:
     assert "\x1b" not in failure.traceback
     assert "^^^" not in failure.traceback
     assert failure.build_record().startswith("KeyError: 'x'\n")
+
+
+def test_signed_url_that_a_client_was_sent_to_is_neither_logged_nor_stored() -> None:
+    failure = fail_with(OSError("503, url='https://cdn/shard?X-Amz-Signature=abc'"))
+    assert failure.summary == str(failure.error) == "OSError: 503, url='https://cdn/shard?***"
+    assert "abc'" not in failure.build_record()
+    assert failure.host == "10.0.0.1"
+    with pytest.raises(OutsideError, match=r"cdn/shard\?\*\*\*; run the command again"), storage_errors("corpus"):
+        raise OSError("503, url='https://cdn/shard?X-Amz-Signature=abc'")
 
 
 @pytest.mark.parametrize("kind", [TeacherError, OutsideError, ConfigError])
