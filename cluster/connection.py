@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import socket
 import sys
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ def connect(address: str | None, *, num_cpus: int | None = None) -> Iterator[Non
         address: "auto", "host:port" or "ray://host:port"; None starts a cluster of one on this machine.
         num_cpus: CPUs of the cluster that is started; as many as there are by default.
     Raises:
-        OutsideError: there is no cluster at the address.
+        OutsideError: there is no cluster at the address, or the process was sent SIGTERM, of which Ray makes an exit.
     """
     if ray.is_initialized():
         yield
@@ -55,6 +56,13 @@ def connect(address: str | None, *, num_cpus: int | None = None) -> Iterator[Non
     with contextlib.redirect_stdout(sys.stderr):
         try:
             yield
+        except SystemExit as error:
+            if error.code != signal.SIGTERM:
+                raise
+            raise OutsideError(
+                "logitstore: expected to come to the end, found that it was asked to stop (SIGTERM); run the command "
+                "again to go on"
+            ) from None
         finally:
             ray.shutdown()
 
