@@ -24,6 +24,14 @@ from logitstore.store.plan import create_plan
 from logitstore.teacher.protocol import Method, TopKMethod
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what takes minutes, unless it is asked for."""
+    if "soak" not in config.option.markexpr:
+        for item in items:
+            if item.get_closest_marker("soak"):
+                item.add_marker(pytest.mark.skip(reason="pytest -m soak runs it"))
+
+
 @pytest.fixture
 def make_records() -> Callable[..., list[Record]]:
     return build_records

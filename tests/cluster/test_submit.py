@@ -22,7 +22,8 @@ from logitstore.store.verify import verify_store
 from tools.quickstart.corpus import write_corpus
 from tools.quickstart.run import HERE
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+# Heads that are killed while others load the machine: minutes, and now and then a minute too many.
+pytestmark = [pytest.mark.soak, pytest.mark.slow, pytest.mark.timeout(600)]
 SECRET_NAME = "LOGITSTORE_TEST_PASSWORD"
 SECRET = f"secret{uuid.uuid4().hex}"
 

@@ -34,6 +34,8 @@ from trainer.sweep.settings import Sweep, read_sweep
 from trainer.sweep.training import SweepReport, train_sweep
 
 pytestmark = [
+    # Ray keeps its settings for the length of a process: beside other tests of Ray in one these fail.
+    pytest.mark.soak,
     pytest.mark.slow,
     pytest.mark.timeout(600),
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"),

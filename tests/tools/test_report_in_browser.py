@@ -171,9 +171,13 @@ def test_hovered_and_focused_tokens_show_the_numbers_of_the_store(
     open_report(browser, logitstore, store.url, tmp_path / "page.html")
     record = store[0]
     for position in range(record.num_positions):
-        browser.hover(f"#tokens [data-position='{position}']")
-        browser.wait_for(f"document.querySelector('#panel').dataset.position === '{position}'")
-        check_panel(read_panel(browser), record, position)
+        for _ in range(3):  # on a busy machine the mouse's way out of the last token may be told late
+            browser.hover(f"#tokens [data-position='{position}']")
+            browser.wait_for(f"document.querySelector('#panel').dataset.position === '{position}'")
+            panel = read_panel(browser)
+            if panel["position"] == position:
+                break
+        check_panel(panel, record, position)
     browser.click("#tokens [data-position='2']")
     for key, position in (("ArrowRight", 3), ("ArrowRight", 4), ("ArrowLeft", 3), ("Home", 0)):
         browser.press(key)

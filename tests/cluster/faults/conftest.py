@@ -12,13 +12,6 @@ import pytest
 from tests.cluster.faults.fault_cluster import FaultCluster
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if "soak" not in config.option.markexpr:
-        for item in items:
-            if item.get_closest_marker("soak"):
-                item.add_marker(pytest.mark.skip(reason="takes many minutes: pytest -m soak"))
-
-
 @pytest.fixture(scope="module")
 def running_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultCluster]:
     temporary = Path(tempfile.mkdtemp(prefix="lf-", dir="/tmp"))  # sockets have short names
