@@ -49,4 +49,7 @@ def test_tutorial_runs_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     )
     assert "top-k, k = 8" in printed["diff store store-of-8 --top 3"]
     assert (tmp_path / "student/student/model.safetensors").exists()
-    assert "KL to the teacher" in printed[next(command for command in printed if command.startswith("evaluate"))]
+    assert (
+        "student/student on store, manifest 1"
+        in printed[next(command for command in printed if command.startswith("evaluate"))]
+    )
