@@ -119,13 +119,7 @@ def _look(board: Any, request: StopRequest, on_news: Callable[[News], None]) -> 
     """Pass on what there is, in both directions."""
     if request.is_made:
         ray.get(board.ask_stop.remote())
-    for part in ray.get(board.move_from.remote(list(read_draining()))):
-        _LOG.warning("%s is on a machine that will be taken away: it is saved, and goes on elsewhere", part)
-    news: News = ray.get(board.take_news.remote())
-    for line in news.beginnings:
-        _LOG.warning("%s", line)
-    on_news(news)
-    return news
+    return _pass_on(board, on_news)
 
 
 @contextmanager
