@@ -85,16 +85,18 @@ class Page:
 
     def wait_for(self, condition: str) -> None:
         """Wait until an expression is true, for a minute at most."""
-        self.evaluate(
-            "new Promise((done, fail) => { let tries = 6000; const look = () => "
-            f"({condition}) ? done(true) : --tries ? setTimeout(look, 10) : fail({json.dumps(condition)}); look(); }})"
-        )
+        assert self._comes_true(condition, seconds=60), condition
 
-    def hover(self, selector: str) -> None:
-        """Move the mouse to the middle of an element's first line."""
-        # A mouse that does not move says nothing: it may be there already, since before the page listened.
-        for x, y in ((1, 1), self._find_middle(selector)):
-            self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+    def hover(self, selector: str, until: str) -> None:
+        """Move the mouse to the middle of an element's first line, again and again, until an expression is true."""
+        for _ in range(60):
+            # A mouse that does not move says nothing: it may be there already, since before the page listened. And on
+            # a busy machine the browser merges moves, or tells the page of an older one later.
+            for x, y in ((1, 1), self._find_middle(selector)):
+                self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+            if self._comes_true(until, seconds=1):
+                return
+        raise AssertionError(f"the mouse is at {selector}, and this never came true: {until}")
 
     def click(self, selector: str) -> None:
         """Click on an element."""
@@ -123,6 +125,13 @@ class Page:
         """Write what is seen as a PNG; of the whole page, beyond the window, if asked for."""
         shot = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=is_whole)
         path.write_bytes(base64.b64decode(shot["data"]))
+
+    def _comes_true(self, condition: str, *, seconds: int) -> bool:
+        found: bool = self.evaluate(
+            f"new Promise((done) => {{ let tries = {100 * seconds}; const look = () => "
+            f"({condition}) ? done(true) : --tries ? setTimeout(look, 10) : done(false); look(); }})"
+        )
+        return found
 
     def _find_middle(self, selector: str) -> tuple[float, float]:
         script = (

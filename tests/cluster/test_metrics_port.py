@@ -145,6 +145,8 @@ def test_figures_of_a_capture_are_on_the_metrics_port(
         assert process.poll() is None
     num_units = len(list_units(StoreFiles(store), COMMITS))
     wait_for(lambda: port.sum("ray_logitstore_units_done", store=store) == num_units, process, "the last figures")
+    # Ray passes on each process's figures at its own time.
+    wait_for(lambda: port.sum("ray_logitstore_actors_ready") == 0, process, "the end of the actors")
 
     assert port.sum("ray_logitstore_units_planned") == num_units
     assert port.sum("ray_logitstore_documents_total") == NUM_DOCUMENTS

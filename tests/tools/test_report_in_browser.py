@@ -155,6 +155,17 @@ def compute_expected(record: Record, position: int, top: int = 5) -> tuple[list[
     return order, {str(one): write_share(shares[one]) for one in order}, facts
 
 
+def hover(browser: Page, position: int) -> dict[str, Any]:
+    """What the panel says while the mouse is on a token."""
+    for _ in range(10):
+        selector = f"#tokens [data-position='{position}']"
+        browser.hover(selector, until=f"document.querySelector('#panel').dataset.position === '{position}'")
+        panel = read_panel(browser)
+        if panel["position"] == position:  # on a busy machine the mouse's way out of the last token may be told late
+            return panel
+    raise AssertionError(f"the panel does not stay at {position}")
+
+
 def check_panel(panel: dict[str, Any], record: Record, position: int) -> None:
     order, shares, facts = compute_expected(record, position)
     assert panel["title"] == f"Position {position} of record {record.address}"
@@ -171,13 +182,7 @@ def test_hovered_and_focused_tokens_show_the_numbers_of_the_store(
     open_report(browser, logitstore, store.url, tmp_path / "page.html")
     record = store[0]
     for position in range(record.num_positions):
-        for _ in range(3):  # on a busy machine the mouse's way out of the last token may be told late
-            browser.hover(f"#tokens [data-position='{position}']")
-            browser.wait_for(f"document.querySelector('#panel').dataset.position === '{position}'")
-            panel = read_panel(browser)
-            if panel["position"] == position:
-                break
-        check_panel(panel, record, position)
+        check_panel(hover(browser, position), record, position)
     browser.click("#tokens [data-position='2']")
     for key, position in (("ArrowRight", 3), ("ArrowRight", 4), ("ArrowLeft", 3), ("Home", 0)):
         browser.press(key)
@@ -276,9 +281,7 @@ def test_second_store_and_its_distance_stand_beside_the_first(
     assert browser.complaints == []
     kl = compare_signals(*(RecordBatch.from_records([store[0]]) for store in (first, second))).kl
     for position in (0, 3, first[0].num_positions - 1):
-        browser.hover(f"#tokens [data-position='{position}']")
-        browser.wait_for(f"document.querySelector('#panel').dataset.position === '{position}'")
-        panel = read_panel(browser)
+        panel = hover(browser, position)
         for side, store in enumerate((first, second)):
             _, shares, facts = compute_expected(store[0], position)
             assert {token: panel["candidates"][token][side] for token in shares} == shares
@@ -296,9 +299,7 @@ def test_drawn_candidates_show_their_draws(browser: Page, fill: Fill, logitstore
     store = fill("store", ["some text"], method=HeadTailMethod())
     open_report(browser, logitstore, store.url, tmp_path / "page.html", "--top", 50)
     record = store[0]
-    browser.hover("#tokens [data-position='0']")
-    browser.wait_for("document.querySelector('#panel').dataset.position === '0'")
-    panel = read_panel(browser)
+    panel = hover(browser, 0)
     ids, logprobs = record.signal.support_at(0)
     draws = record.signal.draws_at(0)
     assert draws is not None

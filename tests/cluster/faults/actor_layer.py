@@ -73,11 +73,10 @@ def main(address: str, path: str) -> None:
 
         cluster = RayCluster(ray.remote(FailingActor))
         failing = cluster.start(0, ActorGroup(number=0, settings=settings, demand=ActorDemand(cpus=1, gpus=0)))
-        calls = [cluster.capture(failing, unit, "attempt", None) for unit in range(3)]
         errors = []
-        for call in calls:
+        for unit in range(3):  # one by one: the death of the actor would take an error on its way along
             try:
-                fetch(cluster, call)
+                fetch(cluster, cluster.capture(failing, unit, "attempt", None))
             except (RayError, TeacherError) as error:
                 kinds = [kind.__name__ for kind in type(error).__mro__]
                 names = ("TeacherError", "UnserializableException", "ActorDiedError")
