@@ -15,19 +15,21 @@ from collections.abc import Callable
 import numpy as np
 
 _LOG = logging.getLogger("logitstore.shard")
-# Entries that NumPy decodes first: in the time of twice as many it is loaded, and compiled in that of ten times.
-PATIENCE_ENTRIES = 1 << 25
+# Entries that NumPy decodes first: half a second of it, and more than a first batch of a stream mostly takes. It is
+# loaded in the time of as many, and compiled in that of ten times.
+PATIENCE_ENTRIES = 1 << 26
 # NumPy adds up to 128 values in eight lanes; longer rows it halves before.
 MOST_ENTRIES = 128
 
 DecodeRows = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray], bool]
 
-_lock = threading.Lock()
+_counting = threading.Lock()
+_loading = threading.Lock()
 _entries_decoded = 0
 
 
 def find_decode_rows(shape: tuple[int, int]) -> DecodeRows | None:
-    """`decode_rows` compiled; None where it is not to be had, or not worth loading yet.
+    """`decode_rows` compiled; None where it is not to be had, not worth loading yet, or being loaded by another thread.
 
     Args:
         shape: of the steps that are to be decoded now.
@@ -35,9 +37,19 @@ def find_decode_rows(shape: tuple[int, int]) -> DecodeRows | None:
     global _entries_decoded
     if not 0 < shape[1] <= MOST_ENTRIES:
         return None
-    with _lock:
+    with _counting:
         _entries_decoded += shape[0] * shape[1]
-        return compile_decode_rows() if _entries_decoded >= PATIENCE_ENTRIES else None
+        is_patient = _entries_decoded < PATIENCE_ENTRIES
+    if is_patient:
+        return None
+    if compile_decode_rows.cache_info().currsize:
+        return compile_decode_rows()
+    if not _loading.acquire(blocking=False):
+        return None
+    try:
+        return compile_decode_rows()
+    finally:
+        _loading.release()
 
 
 @functools.lru_cache(maxsize=1)

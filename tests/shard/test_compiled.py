@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 
@@ -67,7 +68,7 @@ def test_compiled_decoding_gives_the_bits_that_numpy_gives(
 def test_loop_is_loaded_once_that_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "_entries_decoded", 0)
     monkeypatch.setattr(compiled, "PATIENCE_ENTRIES", 1000)
-    monkeypatch.setattr(compiled, "compile_decode_rows", lambda: compiled.decode_rows)
+    monkeypatch.setattr(compiled, "compile_decode_rows", functools.lru_cache(lambda: compiled.decode_rows))
     found = [compiled.find_decode_rows((5, 64)) for _ in range(4)]
     assert found == [None, None, None, compiled.decode_rows]
     assert compiled.find_decode_rows((5, compiled.MOST_ENTRIES + 1)) is None
