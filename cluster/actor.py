@@ -12,6 +12,7 @@ import ray
 from cluster.metrics import ActorMetrics
 from cluster.preemption import watch_for_notice
 from cluster.settings import ClusterCaptureSettings
+from cluster.time_limit import limit_seconds
 from logitstore.capture import Receipt, UnitCapture
 from logitstore.errors import TeacherLostError
 from logitstore.store.files import StoreFiles
@@ -86,12 +87,13 @@ class CaptureActor:
     def _load_teacher(self) -> Teacher:
         if self._teacher is None:
             settings = self._settings
-            teacher = load_teacher(
-                settings.teacher,
-                settings.method,
-                settings.sequences.length,
-                generate=settings.generate,
-            )
+            with limit_seconds(settings.actors.load_seconds):
+                teacher = load_teacher(
+                    settings.teacher,
+                    settings.method,
+                    settings.sequences.length,
+                    generate=settings.generate,
+                )
             # Whoever loads first speaks for the plan: what this teacher cannot do is refused before there is one.
             SequenceMaker(
                 teacher,

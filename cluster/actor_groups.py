@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from cluster.placement import ActorDemand, Machine, build_teacher_demand, count_rooms
 from cluster.settings import ClusterCaptureSettings
 
+# Of the units before, how much the last one tells of how long the next one takes.
+_LAST_SHARE = 0.3
+
 
 @dataclass(kw_only=True, eq=False)
 class ActorGroup:
@@ -29,6 +32,7 @@ class ActorGroup:
         reached: the most that they had room for.
         dropped: actors that could not load, and are not replaced.
         unit_seconds: that a unit takes one of them, of late; None before the first.
+        slowest_seconds: that a unit has taken one of them in this run.
     """
 
     number: int
@@ -40,6 +44,13 @@ class ActorGroup:
     reached: int = 0
     dropped: int = 0
     unit_seconds: float | None = None
+    slowest_seconds: float | None = None
+
+    def note_unit(self, seconds: float) -> None:
+        """One of them has captured a unit in so long."""
+        typical = self.unit_seconds
+        self.unit_seconds = seconds if typical is None else typical + _LAST_SHARE * (seconds - typical)
+        self.slowest_seconds = max(seconds, self.slowest_seconds or 0.0)
 
     @property
     def wanted(self) -> int:

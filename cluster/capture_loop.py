@@ -6,32 +6,31 @@ import logging
 import time
 from collections.abc import Sequence
 
-from ray.exceptions import RayError
-
 from cluster.actor import LoadedTeacher
 from cluster.actor_groups import build_groups, find_room, plan_counts
 from cluster.capture_watch import CaptureWatch
 from cluster.draining import should_hand_back
-from cluster.failures import RAISED, read_failure
 from cluster.figures import CaptureFigures
+from cluster.load_ends import LoadEnd, LoadEnds
 from cluster.placement import check_placeable, describe_machines, is_private
 from cluster.pool import ActorPool, EndedCall, Slot
+from cluster.progress import describe_seconds
 from cluster.ray_cluster import Cluster
 from cluster.settings import ClusterCaptureSettings
 from cluster.unit_ends import UnitEnds
+from cluster.unit_patience import find_unit_limit
 from cluster.unit_queue import QueueLimits, UnitQueue
-from logitstore.errors import IncompatibleStoreError, LogitStoreError, OutsideError
 from logitstore.store.commit import build_attempt
 from logitstore.store.files import StoreFiles
 
 _LOG = logging.getLogger("logitstore.capture")
-_LOAD_TRIES = 4
 _WAIT_SECONDS = 1.0
-_REST_SECONDS = 1.0
 _SECONDS_BETWEEN_WARNINGS = 30.0
 # A machine has 30 seconds from the shortest notice that a cloud gives.
 _SECONDS_BETWEEN_LOOKS = 2.0
 _LOOKS_PER_MACHINES = 5
+# A driver that has not looked for so long was not there to see what ended meanwhile.
+_AWAY_SECONDS = 30.0
 
 
 class CaptureLoop:
@@ -67,11 +66,11 @@ class CaptureLoop:
             check_placeable(group.demand, machines)
         find_room(self._groups, machines)
         self._pool = ActorPool(cluster)
-        self._first: LoadedTeacher | None = None
-        self._last_drop: LogitStoreError | None = None
+        self._loads = LoadEnds(settings, self._pool, figures)
         self._hungry: dict[int, Slot] = {}  # who may be sent a unit
         self._num_looks = 0
         self._next_look = 0.0
+        self._last_look = time.monotonic()
         self._next_warning = time.monotonic() + _SECONDS_BETWEEN_WARNINGS
         self.fill(None)
 
@@ -81,9 +80,9 @@ class CaptureLoop:
 
     def load_first(self) -> LoadedTeacher:
         """Let every actor load; the first teacher that is there says who it is."""
-        while self._first is None:
+        while self._loads.first is None:
             self.step()
-        return self._first
+        return self._loads.first
 
     def fill(self, units: Sequence[int] | None, *, retried: frozenset[int] = frozenset()) -> None:
         """These are to be captured: call once, when it is known.
@@ -166,6 +165,10 @@ class CaptureLoop:
     def _look(self, now: float) -> None:
         """Look at the cluster: what is to be taken away, what has joined, and how many actors there should be."""
         self._next_look = now + _SECONDS_BETWEEN_LOOKS
+        away, self._last_look = now - self._last_look, now
+        if away >= _AWAY_SECONDS:
+            self._pool.forgive(away)
+        self._give_up_hanging(now)
         if not self._is_private:
             draining = self._cluster.read_draining()
             for slot in list(self._pool.slots.values()) if draining else ():
@@ -197,6 +200,30 @@ class CaptureLoop:
             _LOG.warning("%s will be taken away too soon for the unit that it is at: it goes back", slot.host)
             self._let_go(slot)
 
+    def _give_up_hanging(self, now: float) -> None:
+        """Actors that have been at their unit for too long; see `unit_patience.py`."""
+        for slot in list(self._pool.slots.values()):
+            unit = slot.unit
+            if unit is None:
+                continue
+            limit = find_unit_limit(
+                self._settings.actors.unit_seconds,
+                slowest_seconds=slot.group.slowest_seconds,
+                with_care=self._ends.find_care(unit) is not None,
+            )
+            running = now - slot.busy_since
+            if limit is None or running < limit / 2:
+                continue
+            if running >= limit:
+                self._ends.end_hanging(slot, unit, running)
+                self._note_hunger(slot)
+            elif slot.warned_unit != unit:
+                slot.warned_unit = unit
+                _LOG.warning(
+                    "the actor on %s has been at unit %d for %s, and is given up after %s",
+                    slot.host, unit, describe_seconds(running), describe_seconds(limit),
+                )  # fmt: skip
+
     def _start_and_release(self) -> None:
         """Bring the number of actors to what it should be; of those that are ready none goes for that."""
         useful = self._queue.num_useful if self._num_units_is_known else self._most_actors
@@ -210,12 +237,13 @@ class CaptureLoop:
                 self._pool.add(group)
             for slot in [slot for slot in reversed(own) if not slot.is_ready][: max(0, len(own) - most)]:
                 self._let_go(slot)
-        if not self._pool.slots and useful != 0 and self._last_drop is not None:
-            raise self._last_drop  # so many could not load over time that nobody is to take the place of the lost ones
+        drop = self._loads.last_drop
+        if not self._pool.slots and useful != 0 and drop is not None:
+            raise drop  # so many could not load over time that nobody is to take the place of the lost ones
 
     def _warn_if_nobody_is_ready(self) -> None:
         now = time.monotonic()
-        if self._pool.num_ready:
+        if self._pool.num_ready or self._loads.is_failing:
             self._next_warning = now + _SECONDS_BETWEEN_WARNINGS
         elif now >= self._next_warning:
             self._next_warning = now + _SECONDS_BETWEEN_WARNINGS
@@ -229,46 +257,8 @@ class CaptureLoop:
             )
 
     def _end_load(self, call: EndedCall) -> None:
-        slot = call.slot
-        try:
-            loaded: LoadedTeacher = call.fetch()
-        except RAISED as error:
-            failure = read_failure(error)
-            _LOG.debug("load failed on %s:\n%s", failure.host, failure.traceback)
-            self._drop(slot, failure.build_load_error(self._settings.teacher.model))
-        except RayError as error:
-            self._figures.actor_losses += 1
-            self._pool.set_back(slot, _REST_SECONDS)
-            slot.load_losses += not getattr(error, "preempted", False)
-            if slot.load_losses >= _LOAD_TRIES:
-                text = (
-                    f"a capture actor died {slot.load_losses} times while it loaded the teacher, last with {error}; "
-                    "look for lack of memory on its machine"
-                )
-                self._drop(slot, OutsideError(text))
-        else:
-            self._admit(slot, loaded)
-
-    def _admit(self, slot: Slot, loaded: LoadedTeacher) -> None:
-        """Two machines with two teachers end the capture: which one is right, only a person knows."""
-        if self._first is None:
-            self._first = loaded
-        writes_answers = self._settings.generate is not None
-        differences = self._first.identity.differences(loaded.identity, writes_answers=writes_answers)
-        if differences:
-            raise IncompatibleStoreError(
-                f"the actors on {self._first.host} and {loaded.host} loaded different teachers; give every "
-                "machine the same files:\n  " + "\n  ".join(differences)
-            )
-        self._pool.admit(slot, loaded)
-        self._queue.admit(slot.number)
-
-    def _drop(self, slot: Slot, error: LogitStoreError) -> None:
-        """An actor cannot load: go on without it, unless it is the only one or nobody has loaded yet."""
-        slot.group.dropped += 1
-        self._last_drop = error
-        self._let_go(slot)
-        is_alone = self._first is None and not isinstance(error, OutsideError)
-        if is_alone or not self._pool.slots:
-            raise error
-        _LOG.error("an actor is dropped, %d are left: %s", len(self._pool.slots), error)
+        end = self._loads.end(call)
+        if end is LoadEnd.READY:
+            self._queue.admit(call.slot.number)
+        elif end is LoadEnd.DROPPED:
+            self._let_go(call.slot)

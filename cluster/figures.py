@@ -19,7 +19,7 @@ class CaptureFigures:
     """Counts of one run of a capture. `units_before` were committed when it started.
 
     `phase` is what the driver is at: no unit can be captured before a teacher is loaded, and a manifest is written
-    when all have ended.
+    when all have ended. `actor_hangs` are of the `actor_losses`.
     """
 
     phase: Phase = "loading"
@@ -31,6 +31,7 @@ class CaptureFigures:
     units_in_flight: int = 0
     failures: int = 0
     actor_losses: int = 0
+    actor_hangs: int = 0
     actors_ready: int = 0
     actors_wanted: int = 0
     records: int = 0

@@ -117,6 +117,7 @@ class Heartbeat:
             positions=figures.positions,
             failures=figures.failures,
             actor_losses=figures.actor_losses,
+            actor_hangs=figures.actor_hangs,
             units_per_second=rates.units if rates else None,
             positions_per_second=rates.positions if rates else None,
         )

@@ -60,6 +60,7 @@ DEAD_LETTERS = _counter("logitstore_dead_letters", "Documents that could not be 
 LOST_RACES = _counter("logitstore_lost_races", "Units that another capture of the store committed first")
 FAILURES = _counter("logitstore_failures", "Attempts at a unit that failed")
 ACTOR_LOSSES = _counter("logitstore_actor_losses", "Actors that were lost, with or without their machines")
+ACTOR_HANGS = _counter("logitstore_actor_hangs", "Of those, actors given up because a unit took them too long")
 UNITS_PLANNED = _gauge("logitstore_units_planned", "Units of the store's plan")
 UNITS_DONE = _gauge("logitstore_units_done", "Units of the plan that are committed, in earlier runs too")
 UNITS_SET_ASIDE = _gauge("logitstore_units_set_aside", "Units that failed too often to be tried again")
@@ -69,7 +70,7 @@ ACTORS_WANTED = _gauge("logitstore_actors_wanted", "Actors that there are to be"
 SECONDS_LEFT = _gauge("logitstore_seconds_left", "Until the end of the capture, at its pace of late")
 
 METRICS = (
-    UNITS, POSITIONS, UNIT_TIMES, SHARD_BYTES, DOCUMENTS, DEAD_LETTERS, LOST_RACES, FAILURES, ACTOR_LOSSES,
+    UNITS, POSITIONS, UNIT_TIMES, SHARD_BYTES, DOCUMENTS, DEAD_LETTERS, LOST_RACES, FAILURES, ACTOR_LOSSES, ACTOR_HANGS,
     UNITS_PLANNED, UNITS_DONE, UNITS_SET_ASIDE, UNITS_IN_FLIGHT, ACTORS_READY, ACTORS_WANTED, SECONDS_LEFT,
 )  # fmt: skip
 
@@ -103,6 +104,7 @@ class DriverMetrics:
             LOST_RACES: lambda: figures.lost_races,
             FAILURES: lambda: figures.failures,
             ACTOR_LOSSES: lambda: figures.actor_losses,
+            ACTOR_HANGS: lambda: figures.actor_hangs,
         }
         self._counters = {metric: (_build_counter(metric, store), read) for metric, read in counted.items()}
         self._counted = dict.fromkeys(counted, 0)

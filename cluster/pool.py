@@ -28,6 +28,8 @@ class Slot:
         calls: that have not ended, oldest first, with the unit; None for a load.
         busy_since: when the actor began with the oldest of them, as far as one can tell from here.
         load_losses: actors that died here while they loaded, one after the other.
+        load_failures: loads that failed here for trouble that may pass, one after the other.
+        warned_unit: for which somebody was warned that it takes long.
         restarts_in_a_row: of actors that failed, with nothing captured between.
         rests_until: no actor is started before.
         is_retired: its machine will be taken away; nothing is sent to it any more.
@@ -40,6 +42,8 @@ class Slot:
     calls: dict[int, int | None] = field(default_factory=dict)
     busy_since: float = 0.0
     load_losses: int = 0
+    load_failures: int = 0
+    warned_unit: int | None = None
     restarts_in_a_row: int = 0
     rests_until: float = 0.0
     is_retired: bool = False
@@ -47,6 +51,11 @@ class Slot:
     @property
     def is_ready(self) -> bool:
         return self.loaded is not None
+
+    @property
+    def unit(self) -> int | None:
+        """The unit that its actor is at; None for none, or a load."""
+        return next(iter(self.calls.values()), None)
 
     @property
     def host(self) -> str:
@@ -97,7 +106,7 @@ class ActorPool:
 
     def admit(self, slot: Slot, loaded: LoadedTeacher) -> None:
         """Its actor has loaded the teacher."""
-        slot.loaded, slot.load_losses = loaded, 0
+        slot.loaded, slot.load_losses, slot.load_failures = loaded, 0, 0
         self._ready.add(slot.number)
 
     def capture(self, slot: Slot, unit: int, attempt: str, care: UnitCare | None = None) -> None:
@@ -120,6 +129,11 @@ class ActorPool:
                 unit = slot.calls.pop(call)
                 slot.busy_since = time.monotonic()
                 yield EndedCall(slot=slot, unit=unit, fetch=partial(self._cluster.fetch, call))
+
+    def forgive(self, seconds: float) -> None:
+        """Nobody has been at anything for so long, as far as it counts."""
+        for slot in self.slots.values():
+            slot.busy_since += seconds
 
     def set_back(self, slot: Slot, rest_seconds: float) -> None:
         """An actor is lost, or to be given up: another will take its place after a rest."""
@@ -154,7 +168,7 @@ class ActorPool:
             self._cluster.forget(call)
             del self._slot_of[call]
         slot.calls.clear()
-        slot.loaded = None
+        slot.loaded = slot.warned_unit = None
         self._ready.discard(slot.number)
         if slot.actor is not None:
             self._cluster.end(slot.actor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Iterable
 from typing import Self
@@ -41,6 +42,7 @@ def describe_pace(figures: CaptureFigures) -> str:
         "dead letter": figures.dead_letters,
         "failure": figures.failures,
         "lost actor": figures.actor_losses,
+        "hanging actor": figures.actor_hangs,
     }
     parts += [count_things(count, what) for what, count in troubles.items() if count]
     return ", ".join([*parts, *([f"{figures.quarantined:,} set aside"] if figures.quarantined else [])])
@@ -73,12 +75,12 @@ class CaptureProgress:
     """Shows figures while they change: use as a context manager, call `update` after every change."""
 
     def __init__(self, figures: CaptureFigures, *, console: Console | None = None, quiet: bool = False) -> None:
-        console = console or Console(stderr=True)
+        console = console or Console(stderr=True, force_terminal=sys.stderr.isatty())  # FORCE_COLOR makes no terminal
         self._figures = figures
         self._bar: Progress | None = None
         self._next_line = time.monotonic() + _SECONDS_BETWEEN_FIRST_LINES
         self._quiet = quiet
-        if console.is_terminal and not quiet:
+        if console.is_terminal and not console.is_dumb_terminal and not quiet:
             columns = [TextColumn("capture"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
             self._bar = _BarWithFigures(*columns, console=console)
             self._task = self._bar.add_task("capture", total=None, figures=describe_figures(figures))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 from fsspec.core import split_protocol
 from fsspec.implementations.local import LocalFileSystem
@@ -67,6 +67,11 @@ class ActorSettings(ActorGroupSettings):
     """Units sent to an actor ahead: 2 hides the way to the driver and back."""
     tries: int = Field(default=3, ge=1)
     """Failures of a unit, other than lost machines, before it is set aside."""
+    unit_seconds: Annotated[float, Field(gt=0)] | Literal["auto"] | None = "auto"
+    """Seconds after which an actor that is at a unit is taken to hang. By itself: ten times what the slowest unit took,
+    ten minutes at least, six hours for the first; null: never, as beside an endpoint."""
+    load_seconds: float | None = Field(default=21600.0, gt=0)
+    """Seconds after which an actor that still loads the teacher ends itself, to be started again; null: never."""
     notice: Literal["aws", "azure", "gcp"] | None = None
     """The cloud that tells its machines some time before it takes them away; actors there watch for it."""
 
@@ -122,7 +127,14 @@ class ClusterCaptureSettings(CaptureSettings):
                 f"actors.count: expected 1 actor beside engine openai_api, found {self.actors.count}; leave it out, "
                 "and set teacher.openai_api.concurrency"
             )
-        needs = {"count": 1, "max": None, "cpus": self.actors.cpus or 1.0, "gpus": self.actors.gpus or 0.0}
+        needs: dict[str, Any] = {
+            "count": 1,
+            "max": None,
+            "cpus": self.actors.cpus or 1.0,
+            "gpus": self.actors.gpus or 0.0,
+        }
+        if "unit_seconds" not in self.actors.model_fields_set:
+            needs["unit_seconds"] = None
         # The model is frozen for its users; this is still its making.
         object.__setattr__(self, "actors", self.actors.model_copy(update=needs))
         return self

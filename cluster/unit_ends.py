@@ -12,6 +12,7 @@ from cluster.capture_watch import CaptureWatch
 from cluster.failures import RAISED, ActorFailure, read_failure
 from cluster.figures import CaptureFigures
 from cluster.pool import ActorPool, EndedCall, Slot
+from cluster.progress import describe_seconds
 from cluster.suspicion import Suspicions
 from cluster.unit_queue import UnitQueue, Verdict
 from logitstore.capture import Receipt
@@ -24,8 +25,6 @@ _LOG = logging.getLogger("logitstore.capture")
 _REST_SECONDS = 1.0
 # Half a minute and another attempt at a unit lie between.
 _RECORD_TRIES = 5
-# Of the units before, how much the last one tells of how long the next one takes.
-_LAST_SHARE = 0.3
 
 
 class UnitEnds:
@@ -82,13 +81,26 @@ class UnitEnds:
             self._suspicions.forget(unit)
             if was_captured:
                 slot.restarts_in_a_row = 0
-                typical = slot.group.unit_seconds
-                slot.group.unit_seconds = (
-                    receipt.seconds if typical is None else typical + _LAST_SHARE * (receipt.seconds - typical)
-                )
+                slot.group.note_unit(receipt.seconds)
             if unit in self._retried:
                 with contextlib.suppress(OutsideError):  # beside a commit the record means nothing
                     self._files.delete(build_quarantine_path(unit))
+
+    def end_hanging(self, slot: Slot, unit: int, seconds: float) -> None:
+        """An actor has been at a unit for too long: it is given up, and replaced after a rest.
+
+        Raises:
+            LogitStoreError: the capture cannot go on.
+        """
+        self._figures.actor_losses += 1
+        self._figures.actor_hangs += 1
+        verdict = self._queue.lose(slot.number, is_excused=slot.is_retired)
+        taken = describe_seconds(seconds)
+        _LOG.warning(
+            "the actor on %s hangs: it was at unit %d for %s, which goes to others first", slot.host, unit, taken
+        )
+        self._pool.restart(slot)
+        self._set_aside(verdict, f"its actor hangs every time, for {taken} last")
 
     def _end_failed(self, slot: Slot, unit: int, failure: ActorFailure) -> None:
         """The actor lives and reports an error."""

@@ -12,7 +12,7 @@ import pytest
 from made_up import VOCAB_SIZE, build_identity, build_records, put_shard
 from ray.exceptions import RayTaskError
 
-from cluster import capture_loop, driver, pool, unit_ends
+from cluster import capture_loop, driver, load_ends, pool, unit_ends
 from cluster.actor import LoadedTeacher
 from cluster.actor_groups import ActorGroup
 from cluster.placement import Machine
@@ -175,7 +175,7 @@ def build_made_up_cluster(
     }
     (folder / "spill").mkdir()
     made_up = MadeUpCluster(build_settings(ClusterCaptureSettings, values, where="test"), folder / "spill")
-    for module in (capture_loop, pool, unit_ends):
+    for module in (capture_loop, load_ends, pool, unit_ends):
         monkeypatch.setattr(module, "time", made_up)
     monkeypatch.setattr(driver, "RayCluster", lambda: made_up)
     return made_up

@@ -97,7 +97,7 @@ def _describe_capture(capture: CaptureStatus) -> tuple[object, ...]:
 
 def _describe_trouble(capture: CaptureStatus) -> str:
     """Failures and losses of a run, and what it ended with."""
-    counts = {"failure": capture.failures, "lost actor": capture.actor_losses}
+    counts = {"failure": capture.failures, "lost actor": capture.actor_losses, "hanging actor": capture.actor_hangs}
     parts = [count_things(count, what) for what, count in counts.items() if count]
     if capture.state == "silent":
         parts.append("killed, most likely")

@@ -47,6 +47,7 @@ class CaptureStatus(Settings):
         actors_ready, actors_wanted: that take units, and that there are to be.
         units_in_flight: that are with an actor.
         units_captured, failures, actor_losses: of this run.
+        actor_hangs: of the actors lost, those given up because a unit took them too long.
         positions_per_second: of late; None before there is anything to tell.
     """
 
@@ -62,6 +63,7 @@ class CaptureStatus(Settings):
     units_captured: int
     failures: int
     actor_losses: int
+    actor_hangs: int
     positions_per_second: float | None
 
 
@@ -256,5 +258,6 @@ def _describe_capture(heard: HeardCapture, now: float) -> CaptureStatus:
         units_captured=capture.units_captured,
         failures=capture.failures,
         actor_losses=capture.actor_losses,
+        actor_hangs=capture.actor_hangs,
         positions_per_second=capture.positions_per_second if is_at_work else None,
     )

@@ -39,6 +39,7 @@ class RunningCapture(Settings):
         actors_ready, actors_wanted: that take units, and that there are to be.
         units_in_flight: units that are with an actor, ascending.
         units_captured, lost_races, positions, failures, actor_losses: of this run, so far.
+        actor_hangs: of the actors lost, those that were given up because a unit took them too long.
         units_per_second, positions_per_second: of late; None before there is anything to tell.
     """
 
@@ -62,6 +63,7 @@ class RunningCapture(Settings):
     positions: int = 0
     failures: int = 0
     actor_losses: int = 0
+    actor_hangs: int = 0
     units_per_second: float | None = None
     positions_per_second: float | None = None
 

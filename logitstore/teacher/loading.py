@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from logitstore.errors import ConfigError
+from logitstore.errors import ConfigError, OutsideError
 from logitstore.teacher.generation import GenerationSettings
+from logitstore.teacher.passing_trouble import find_passing_trouble
 from logitstore.teacher.protocol import Method, Teacher, TeacherSettings
 
 
@@ -26,7 +27,25 @@ def load_teacher(
         ConfigError: the tokenizer does not fit the model, device or engine are not there, or the engine cannot write
             answers in that way.
         TeacherError: the model cannot be loaded.
+        OutsideError: the hub, or another server, did not answer: it may later.
     """
+    try:
+        return _load_teacher(settings, method, num_positions, generate)
+    except OutsideError:
+        raise
+    except Exception as error:
+        trouble = find_passing_trouble(error)
+        if trouble is None:
+            raise
+        raise OutsideError(
+            f"teacher {settings.model!r}: expected its files, found {type(trouble).__name__}: {trouble}; run the "
+            "command again when the hub, or the network, is back"
+        ) from error
+
+
+def _load_teacher(
+    settings: TeacherSettings, method: Method, num_positions: int | None, generate: GenerationSettings | None
+) -> Teacher:
     if method.kind == "given_ids" and settings.engine != "huggingface":
         raise ConfigError(
             f"method 'given_ids': expected teacher.engine huggingface, found {settings.engine}, which cannot be asked "

@@ -14,7 +14,7 @@ from cluster.draining import should_hand_back
 from cluster.driver import run_capture
 from cluster.placement import Machine
 from cluster.report import CaptureReport
-from logitstore.errors import OutsideError
+from logitstore.errors import TeacherError
 from logitstore.store.commit import read_quarantine
 from logitstore.store.files import StoreFiles
 from logitstore.store.logit_store import LogitStore
@@ -184,10 +184,10 @@ def test_actors_that_could_not_load_over_time_end_a_capture_that_has_nobody_left
 ) -> None:
     """Two could not load; when the machine of the last one is taken away, nobody is to take its place."""
     made_up_cluster.seconds = lambda actor, unit: 1.0 if unit is None else 10.0
-    made_up_cluster.answer_load = lambda actor: raised_in_actor(OutsideError("hub: 503")) if actor else None
+    made_up_cluster.answer_load = lambda actor: raised_in_actor(TeacherError("no weights")) if actor else None
     take_away(made_up_cluster, monkeypatch, "n0", notice=30.0, deadline=150.0)
     monkeypatch.setattr(made_up_cluster, "read_free", lambda: pytest.fail("nobody captures, and nobody says so"))
-    with pytest.raises(OutsideError, match="hub: 503"):
+    with pytest.raises(TeacherError, match="no weights"):
         run_capture(made_up_cluster.settings, quiet=True)
     assert LogitStore.open(made_up_cluster.settings.store).manifest.units.tolist() == [0, 1, 2, 3]
 

@@ -64,7 +64,7 @@ def build_receipt(outcome: Outcome = Outcome.WON, **counts: int) -> Receipt:
 
 
 def test_driver_tells_every_figure_of_a_capture_once(told: dict[Key, float]) -> None:
-    figures = CaptureFigures(units_planned=10, units_before=3, quarantined=1, failures=2, actor_losses=1)
+    figures = CaptureFigures(units_planned=10, units_before=3, quarantined=1, failures=2, actor_losses=2, actor_hangs=1)
     figures.actors_ready, figures.actors_wanted, figures.units_in_flight = 2, 4, 5
     driver = DriverMetrics("s3://bucket/store", figures)
     figures.phase = "capturing"
@@ -83,7 +83,8 @@ def test_driver_tells_every_figure_of_a_capture_once(told: dict[Key, float]) -> 
         ("logitstore_dead_letters", ("not_utf8",)): 2,
         ("logitstore_lost_races", ()): 1,
         ("logitstore_failures", ()): 2,
-        ("logitstore_actor_losses", ()): 1,
+        ("logitstore_actor_losses", ()): 2,
+        ("logitstore_actor_hangs", ()): 1,
         ("logitstore_units_planned", ()): 10,
         ("logitstore_units_done", ()): 6,
         ("logitstore_units_set_aside", ()): 1,

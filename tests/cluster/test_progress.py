@@ -66,8 +66,8 @@ def test_line_tells_pace_of_late_time_left_and_who_is_at_work(figures: CaptureFi
 
 
 def test_line_names_every_kind_of_trouble(figures: CaptureFigures) -> None:
-    figures.failures, figures.actor_losses, figures.quarantined = 2, 1, 3
-    assert describe_figures(figures).endswith("1 dead letter, 2 failures, 1 lost actor, 3 set aside")
+    figures.failures, figures.actor_losses, figures.actor_hangs, figures.quarantined = 2, 2, 1, 3
+    assert describe_figures(figures).endswith("1 dead letter, 2 failures, 2 lost actors, 1 hanging actor, 3 set aside")
 
 
 def test_line_while_a_teacher_loads_tells_who_has_loaded(clock: Clock) -> None:

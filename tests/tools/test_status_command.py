@@ -79,13 +79,13 @@ def test_status_counts_what_is_in_flight_at_captures_at_work(growing_store: Stor
 
 
 def test_capture_that_was_killed_is_told_by_its_silence(growing_store: StoreFiles, logitstore: Any) -> None:
-    say(growing_store, age=600.0, failures=2, actor_losses=1)
+    say(growing_store, age=600.0, failures=2, actor_losses=1, actor_hangs=1)
     status = logitstore.json("status", growing_store.url)
     [capture] = status["captures"]
     assert (capture["state"], status["units_in_flight"], capture["positions_per_second"]) == ("silent", None, None)
     assert capture["heard_seconds_ago"] == pytest.approx(600.0, abs=60.0)
     stdout, _ = logitstore("status", growing_store.url)
-    assert "2 failures, 1 lost actor, killed, most likely" in " ".join(stdout.split())
+    assert "2 failures, 1 lost actor, 1 hanging actor, killed, most likely" in " ".join(stdout.split())
     assert "'logitstore capture CAPTURE.yaml' goes on with the rest\n" in stdout
 
 
@@ -168,6 +168,7 @@ def test_watch_on_a_terminal_shows_the_store_in_place(
 ) -> None:
     say(growing_store)
     screen = io.StringIO()
+    monkeypatch.setattr(screen, "isatty", lambda: True)
     console = Console(file=screen, force_terminal=True, width=120, height=50, color_system=None)
     monkeypatch.setattr(status_watch, "open_console", lambda: console)
     quarantine_unit(growing_store, QuarantinedUnit(unit=3, attempts=3, error="TeacherError: NaN"))

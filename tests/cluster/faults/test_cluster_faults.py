@@ -39,6 +39,22 @@ def test_actors_killed_at_every_step_of_a_unit_lose_and_repeat_nothing(cluster: 
     cluster.check_nobody_works()
 
 
+def test_actors_that_hang_in_the_middle_of_a_unit_are_given_up(cluster: FaultCluster, tmp_path: Path) -> None:
+    """One in Python, one as a whole: not even its end, when it is asked for, would it hear."""
+    capture = make_capture(tmp_path, actors={"count": 2, "cpus": 1, "unit_seconds": 10})
+    cluster.faults.plan(
+        Fault(place="scored", kind="wait", units=(5,)),
+        Fault(place="stored", kind="freeze", units=(14,)),
+    )
+    summary, log = finish(cluster.start(capture))
+    assert (summary["run"]["failures"], summary["run"]["actor_losses"]) == (0, 2)
+    for unit in (5, 14):
+        assert f"hangs: it was at unit {unit} for " in log
+    [frozen] = cluster.faults.read_events("freeze")
+    assert check_whole(capture) == {f"data/0000014-{frozen['attempt']}.parquet"}
+    cluster.check_nobody_works()
+
+
 def test_actors_without_room_on_disk_or_in_memory_cost_no_more_than_a_document(
     cluster: FaultCluster, tmp_path: Path
 ) -> None:

@@ -34,7 +34,8 @@ class Fault:
     Attributes:
         place: "scoring" a batch; "scored": the first record of a unit is there; "spilling": the shard is to be written;
             "stored": its file is in the store; "committed": so is its commit, and nobody has been told.
-        kind: the process is killed; or waits until it is released; or its disk is full; or its memory.
+        kind: the process is killed; or frozen, and does not even answer; or waits until it is released; or its disk is
+            full; or its memory.
         units: where it strikes; None everywhere.
         times: how often, None always.
         sequences: of "scoring": batches of at least that many.
@@ -43,7 +44,7 @@ class Fault:
     """
 
     place: Place
-    kind: Literal["kill", "wait", "full_disk", "out_of_memory"]
+    kind: Literal["kill", "freeze", "wait", "full_disk", "out_of_memory"]
     units: tuple[int, ...] | None = None
     times: int | None = 1
     sequences: int = 1
@@ -147,6 +148,8 @@ def _strike(folder: FaultFolder, place: Place, unit: int | None = None, attempt:
     folder.log(fault.kind, place=place, unit=unit, attempt=attempt)
     if fault.kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    elif fault.kind == "freeze":
+        os.kill(os.getpid(), signal.SIGSTOP)
     elif fault.kind == "wait":
         folder.wait()
     elif fault.kind == "out_of_memory":
