@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any
 from unittest import mock
 
-from cluster.job_status import Job, read_job
+from cluster.job_status import Job, NotLetInError, UnknownJobError, read_job
 from cluster.submit import JobRequest
 from logitstore.errors import ConfigError, LogitStoreError, OutsideError
 from logitstore.url_secrets import hide_secrets
@@ -128,12 +128,15 @@ class JobClient:
 
         Raises:
             OutsideError: the head has not answered for a minute, or does not know the job any more.
+            NotLetInError: it wants another token, which a head that was let into before does when it is a new one.
         """
         shown = 0
+        was_let_in = False
         heard = time.monotonic()
 
         def show(text: str, end: int) -> None:
-            nonlocal shown, heard
+            nonlocal shown, heard, was_let_in
+            was_let_in = True
             heard = time.monotonic()
             if end > shown:
                 write(text[max(0, len(text) - (end - shown)) :])
@@ -143,11 +146,16 @@ class JobClient:
             try:
                 asyncio.run(self._tail(name, show))
                 job = self.read(name)
+                was_let_in = True
                 heard = time.monotonic()
                 if job.has_ended:
                     return job
-            except ConfigError as error:
+            except UnknownJobError as error:
                 raise self._build_forgotten_error(name) from error
+            except NotLetInError as error:
+                if not was_let_in:
+                    raise
+                raise self._build_token_error(name) from error
             except OutsideError:
                 if time.monotonic() - heard > _PATIENCE_SECONDS:
                     raise
@@ -189,6 +197,13 @@ class JobClient:
         return OutsideError(
             f"{self._where}: expected to know the job {name}, found a head that does not: it was restarted, and the "
             "job ended with the old one; submit it again, what is committed stays"
+        )
+
+    def _build_token_error(self, name: str) -> NotLetInError:
+        return NotLetInError(
+            f"{self._where}: expected to be let in as before, found a head that wants another token: it was restarted, "
+            f"and the job {name} ended with the old one; set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the new token "
+            "and submit it again, what is committed stays"
         )
 
     @contextlib.contextmanager
@@ -237,14 +252,14 @@ def _explain(error: Exception, where: str, name: str | None) -> LogitStoreError 
     if "ray[default]" in text:
         return ConfigError(_NO_JOB_API)
     if isinstance(error, AuthenticationError) or getattr(error, "status", None) in (401, 403):
-        return ConfigError(
+        return NotLetInError(
             f"{where}: expected to be let in, found {text.partition(':')[0].lower()}; set RAY_AUTH_MODE=token, and "
             "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the token that the cluster was started with"
         )
     if "already exists" in text:
         return ConfigError(f"{where}: expected a new name for the job, found one that is taken; choose another --name")
     if name is not None and ("does not exist" in text or getattr(error, "status", None) == 404):
-        return ConfigError(
+        return UnknownJobError(
             f"{where}: expected a job {name!r}, found none of that name; 'logitstore submit status' lists them"
         )
     if "returned 404" in text:

@@ -54,6 +54,8 @@ def find_secrets(values: object, place: str = "", *, by_name: bool = False) -> I
             if by_name and isinstance(value, str) and is_secret_name(str(key)):
                 if not _is_harmless(value):
                     yield where
+            elif by_name and _is_secret_number(str(key), value):
+                yield where
             else:
                 yield from find_secrets(value, where, by_name=by_name or key in _SECTIONS)
     elif isinstance(values, list | tuple):
@@ -61,6 +63,14 @@ def find_secrets(values: object, place: str = "", *, by_name: bool = False) -> I
             yield from find_secrets(value, f"{place}[{index}]", by_name=by_name)
     elif isinstance(values, str) and hide_secrets(values) != values:
         yield place
+
+
+def _is_secret_number(name: str, value: object) -> bool:
+    """Whether it is a password of digits alone, which YAML takes for a number; `token_limit: 128` is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    words = [word.lower() for word in _WORD_BREAK.split(name) if word]
+    return bool(words) and words[-1] in _SECRET_WORDS
 
 
 def check_no_secrets(values: object, where: str) -> None:

@@ -14,6 +14,14 @@ _NO_LOGITSTORE = re.compile(r"No module named '?(tools|logitstore|cluster|traine
 _MESSAGE_CHARACTERS = 2000
 
 
+class UnknownJobError(ConfigError):
+    """The head has no job of that name."""
+
+
+class NotLetInError(ConfigError):
+    """The head wants a token, or another one."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """A job as the head knows it.

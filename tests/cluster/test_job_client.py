@@ -6,12 +6,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import MagicMock
 
 import aiohttp
 import pytest
 import requests
 from checkout import ROOT
 from fake_jobs import ADDRESS, FakeRayClient
+from ray.exceptions import AuthenticationError
 
 from cluster.job_client import JobClient
 from cluster.submit import JobRequest
@@ -60,6 +62,25 @@ def test_new_head_that_does_not_know_the_job_ends_the_following(connect: Any) ->
     head = FakeRayClient(log=[ConnectionError("reset")], statuses=[GONE])
     with pytest.raises(OutsideError, match="submit it again, what is committed stays"):
         follow(connect(head))
+
+
+NOT_LET_IN = [
+    AuthenticationError("Unauthorized: Invalid authentication token"),
+    aiohttp.WSServerHandshakeError(MagicMock(), (), status=401, message="Invalid response status"),
+]
+
+
+@pytest.mark.parametrize("refusal", NOT_LET_IN)
+def test_new_head_that_wants_another_token_ends_the_following_with_what_to_do(refusal: Exception, connect: Any) -> None:
+    head = FakeRayClient(log=["one\n", ConnectionError("reset"), refusal], statuses=["RUNNING", refusal])
+    with pytest.raises(ConfigError, match=r"wants another token: .* RAY_AUTH_TOKEN_PATH to the new token and submit it"):
+        follow(connect(head))
+
+
+@pytest.mark.parametrize("refusal", NOT_LET_IN)
+def test_follower_with_a_wrong_token_is_told_to_set_one(refusal: Exception, connect: Any) -> None:
+    with pytest.raises(ConfigError, match="expected to be let in, found"):
+        follow(connect(FakeRayClient(log=[refusal], statuses=[refusal])))
 
 
 def test_head_that_stays_silent_ends_the_following(connect: Any, monkeypatch: pytest.MonkeyPatch) -> None:

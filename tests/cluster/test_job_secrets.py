@@ -46,6 +46,9 @@ def test_name_of_something_else_is_none(name: str) -> None:
         ({"working_dir": "https://host/x.zip?X-Amz-Signature=1"}, ["working_dir"]),
         ({"storage_options": {"client_kwargs": {"endpoint_url": "http://h"}, "key": "k"}}, ["storage_options.key"]),
         ({"storage_options": {"token": "google_default"}}, []),
+        ({"storage_options": {"password": 1234, "key": 12.5}}, ["storage_options.password", "storage_options.key"]),
+        ({"env_vars": {"DB_PASSWORD": 0}}, ["env_vars.DB_PASSWORD"]),
+        ({"extra_body": {"token_limit": 128, "stop_token_ids": [1, 2], "use_secret": True}}, []),
         (
             {
                 "storage_options": {
