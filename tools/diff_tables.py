@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from tools.look import build_facts, build_table, count_things, format_count, format_share
-from tools.record_text import make_visible, name_token
+from tools.record_text import name_token
 from tools.record_view import PositionView
 from tools.store_diff import ComparedStore, DifferentPosition, Distances, StoreDiff
+from tools.token_text import make_visible
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
 from rich.text import Text
 
 from tools.look import build_facts, build_table, format_count, format_entropy, format_loss, format_share
 from tools.record_view import Candidate, PositionView, RecordView
+from tools.token_text import make_visible
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -122,12 +122,6 @@ def find_style(entropy: float | None) -> str:
     if entropy is None:
         return ""
     return next(style for limit, style in _STYLES if entropy < limit or limit == float("inf"))
-
-
-def make_visible(text: str, *, keep_lines: bool = False) -> str:
-    """Text without characters that would steer a terminal: they are written as escapes."""
-    kept = "\n\t" if keep_lines else ""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda c: c[0] if c[0] in kept else repr(c[0])[1:-1], text)
 
 
 def name_token(token: str | None, token_id: int) -> str:

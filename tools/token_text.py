@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from logitstore.errors import ConfigError
@@ -10,6 +11,9 @@ from logitstore.teacher.protocol import TeacherIdentity
 
 # The text of ids, given the id before them; None where no tokenizer can tell.
 FindText = Callable[[int | None, Sequence[int]], str | None]
+# Of format characters, those that join letters are text; the others would turn lines around, or are not to be seen.
+_JOINERS = "\u200c\u200d"
+_INVISIBLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
 def find_tokenizer_folder(name: str) -> str | None:
@@ -66,3 +70,25 @@ def load_find_text(
 
 def _find_nothing(before: int | None, token_ids: Sequence[int]) -> None:
     return None
+
+
+def find_plain_token(token_ids: Iterable[int], find_text: FindText) -> int | None:
+    """A token of plain letters, for others to be decoded behind: tokenizers drop the space that begins a text."""
+    for token_id in token_ids:
+        text = find_text(None, [token_id])
+        if text is None:
+            return None
+        if text.isascii() and text.strip().isalpha():
+            return int(token_id)
+    return None
+
+
+def make_visible(text: str, *, keep_lines: bool = False) -> str:
+    """Text whose control characters and marks of direction, which would steer a terminal, are written as escapes.
+
+    Args:
+        text: any.
+        keep_lines: whether line ends and tabs stay what they are.
+    """
+    kept = _JOINERS + "\n\t" if keep_lines else _JOINERS
+    return "".join(repr(c)[1:-1] if c not in kept and unicodedata.category(c) in _INVISIBLE else c for c in text)

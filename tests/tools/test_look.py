@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tools import look
-from tools.record_text import find_style, make_visible
+from tools.record_text import find_style
+from tools.token_text import make_visible
 
 
 @pytest.mark.parametrize(

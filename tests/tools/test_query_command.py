@@ -6,14 +6,20 @@ import csv
 import io
 import json
 import math
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from chat_templates import train_sentencepiece_like
 from made_up import build_identity, build_plan, build_records, put_shard
 from made_up_draws import build_drawn_records
 from tiny_models import save_model
+from tokenizers import decoders
 
 from logitstore.corpus.documents import DeadLetter
 from logitstore.shard.codec import Codec, CompactCodec, Float16Codec, Float32Codec
@@ -25,6 +31,7 @@ from logitstore.store.manifest import write_manifest
 from logitstore.store.plan import create_plan
 from logitstore.teacher.protocol import HeadTailMethod, Method, SampleMethod, TopKMethod
 from logitstore.teacher.tokenizer import load_tokenizer
+from tools.query_output import QueryResult, write_json
 
 CODECS: list[Codec] = [Float32Codec(), Float16Codec(), CompactCodec()]
 METHODS: list[Method] = [TopKMethod(k=8), SampleMethod(), HeadTailMethod()]
@@ -192,3 +199,113 @@ def test_forms_exclude_each_other(tmp_path: Path, logitstore: Any) -> None:
     store = fill(str(tmp_path / "store"), tmp_path)
     _, stderr = logitstore("query", store.url, "SELECT 1", "--csv", "--json", exit_code=2)
     assert "expected one of --csv, --json and --output" in stderr
+
+
+def test_names_in_capitals_are_found(tmp_path: Path, logitstore: Any, teacher_folder: Path) -> None:
+    own = {"model": str(teacher_folder), "tokenizer_fingerprint": load_tokenizer(str(teacher_folder)).fingerprint}
+    store = fill(str(tmp_path / "store"), tmp_path, **own)
+    sql = "SELECT count(*) AS n, (SELECT count(*) FROM Vocabulary) AS ids, TEXT(7) AS seven FROM DEAD_LETTERS"
+    [row] = logitstore.json("query", store.url, sql)
+    text = load_tokenizer(str(teacher_folder)).decode([7])
+    assert row == {"n": 2, "ids": store.plan.teacher.vocab_size, "seven": text}
+
+
+def test_sums_of_integers_are_numbers_and_bytes_are_digits_in_json(tmp_path: Path, logitstore: Any) -> None:
+    store = fill(str(tmp_path / "store"), tmp_path)
+    sql = "SELECT sum(positions) AS positions, any_value(sha256) AS digest, 1.5::DECIMAL(4, 2) AS d FROM row_groups"
+    [row] = logitstore.json("query", store.url, sql)
+    assert row["positions"] == store.compute_statistics().positions
+    assert bytes.fromhex(row["digest"]) in [bytes(digest) for digest in store.manifest.digests]
+    assert row["d"] == 1.5
+
+
+def test_columns_of_equal_names_are_all_there(tmp_path: Path, logitstore: Any) -> None:
+    store = fill(str(tmp_path / "store"), tmp_path)
+    sql = "SELECT 1 AS a, 2 AS a, 3 AS a_1, 4 AS a"
+    assert logitstore.json("query", store.url, sql) == [{"a": 1, "a_1": 2, "a_1_1": 3, "a_2": 4}]
+    assert logitstore("query", store.url, sql)[0].split()[-4:] == ["1", "2", "3", "4"]
+
+
+def test_records_with_their_lists_are_shown_and_written(tmp_path: Path, logitstore: Any) -> None:
+    store = fill(str(tmp_path / "store"), tmp_path)
+    sql = "SELECT * FROM records ORDER BY unit, record LIMIT 1"
+    head, row = csv.reader(io.StringIO(logitstore("query", store.url, sql, "--csv")[0]))
+    assert json.loads(dict(zip(head, row, strict=True))["token_ids"]) == store[0].token_ids.tolist()
+    shown = logitstore("query", store.url, sql)[0]
+    [line] = [line for line in shown.splitlines() if " token_ids " in line]
+    assert line.split("token_ids")[1].strip().startswith(f"[{store[0].token_ids[0]}, ")
+    assert len(line) <= 100
+
+
+def test_row_that_fails_late_leaves_no_half_file(tmp_path: Path, logitstore: Any) -> None:
+    store = fill(str(tmp_path / "store"), tmp_path)
+    sql = "SELECT CASE WHEN i < 150000 THEN i ELSE error('late') END AS i FROM range(200000) AS r(i)"
+    path = tmp_path / "rows.parquet"
+    logitstore("query", store.url, "SELECT 7 AS x", "--output", path)
+    for form in (["--output", path], ["--csv"], []):
+        _, stderr = logitstore("query", store.url, sql, *form, exit_code=2)
+        assert "expected SQL of DuckDB, found Invalid Input Error: late" in stderr
+    assert pq.read_table(path).to_pylist() == [{"x": 7}]
+    assert [found.name for found in tmp_path.glob("*rows*")] == ["rows.parquet"]
+
+
+def test_type_that_parquet_has_not_is_told(tmp_path: Path, logitstore: Any) -> None:
+    store = fill(str(tmp_path / "store"), tmp_path)
+    path = tmp_path / "rows.parquet"
+    _, stderr = logitstore("query", store.url, "SELECT INTERVAL 1 DAY AS i", "--output", path, exit_code=2)
+    assert "expected columns that Parquet has" in stderr
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("sql", ["", " \n"])
+def test_no_query_is_refused(tmp_path: Path, logitstore: Any, sql: str) -> None:
+    store = fill(str(tmp_path / "store"), tmp_path)
+    _, stderr = logitstore("query", store.url, sql, exit_code=2)
+    assert "expected a query, found none" in stderr
+
+
+def test_names_and_texts_do_not_steer_the_terminal(tmp_path: Path, logitstore: Any) -> None:
+    store = fill(str(tmp_path / "store"), tmp_path)
+    shown, _ = logitstore("query", store.url, 'SELECT chr(27) || chr(8238) AS "a\x1b[31m"')
+    assert "\x1b" not in shown
+    assert "\u202e" not in shown
+
+
+def test_batches_of_json_are_one_document_and_no_list_of_all_rows() -> None:
+    schema = pa.schema([("i", pa.int64())])
+    batches = (pa.record_batch([[i, i + 1]], schema=schema) for i in (0, 2))
+    file = io.BytesIO()
+    assert write_json(QueryResult(schema=schema, batches=batches), file) == 4
+    assert json.loads(file.getvalue()) == [{"i": i} for i in range(4)]
+    empty = io.BytesIO()
+    assert write_json(QueryResult(schema=schema, batches=iter(())), empty) == 0
+    assert json.loads(empty.getvalue()) == []
+
+
+def test_text_keeps_the_space_that_begins_a_word(tmp_path: Path, logitstore: Any) -> None:
+    tokenizer = train_sentencepiece_like(None)
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence(parts)  # as Llama 2 has it
+    folder = str(tmp_path / "teacher")
+    tokenizer.save_pretrained(folder)
+    own = {"model": folder, "tokenizer_fingerprint": load_tokenizer(folder).fingerprint, "vocab_size": len(tokenizer)}
+    store = fill(str(tmp_path / "store"), tmp_path, **own, padded_vocab_size=len(tokenizer))
+    token_id, token = next((i, t) for t, i in tokenizer.get_vocab().items() if t.startswith("▁") and t[1:].isalpha())
+    assert logitstore.json("query", store.url, f"SELECT text({token_id}) AS t") == [{"t": f" {token[1:]}"}]
+
+
+@pytest.mark.slow
+def test_interrupt_is_heard_while_duckdb_computes(tmp_path: Path) -> None:
+    store = fill(str(tmp_path / "store"), tmp_path)
+    endless = "SELECT sum(a.i * b.i) FROM range(9000000) AS a(i), range(9000000) AS b(i)"
+    sql = f"COPY (SELECT 1) TO '{tmp_path}/started.csv'; {endless}"
+    command = [sys.executable, "-m", "tools.query", store.url, sql]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        while not (tmp_path / "started.csv").exists():
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert "interrupted" in process.communicate(timeout=60)[1]
+        assert process.returncode == 130
+    finally:
+        process.kill()

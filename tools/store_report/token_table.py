@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from logitstore.records import Record
-from tools.token_text import FindText
+from tools.token_text import FindText, find_plain_token, make_visible
 
 # What stands for bytes that are no character by themselves, and how many tokens one may be made of.
 _BROKEN = "\ufffd"
 _LONGEST_CHARACTER = 4
-# Of format characters, those that join letters are text; the others would turn lines around, or are not to be seen.
-_JOINERS = "\u200c\u200d"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,7 +47,7 @@ def build_token_table(records: Sequence[Record], candidates: Sequence[np.ndarray
     all_ids = [record.token_ids for record in records]
     found, counts = np.unique(np.concatenate([np.zeros(0, np.int32), *all_ids, *candidates]), return_counts=True)
     token_ids = found[np.argsort(-counts, kind="stable")].astype(np.int64)
-    before = _find_plain_token(token_ids, find_text)
+    before = find_plain_token(token_ids.tolist(), find_text)
     texts = [find_text(before, [token_id]) for token_id in token_ids.tolist()]
     if not texts or texts[0] is None:
         return TokenTable(token_ids=token_ids, texts=None, characters=())
@@ -66,25 +63,8 @@ def build_token_table(records: Sequence[Record], candidates: Sequence[np.ndarray
 
 
 def escape_invisible(text: str) -> str:
-    """Text whose control characters, but for line ends and tabs, and marks of direction are written as escapes."""
-    return "".join(repr(c)[1:-1] if _is_invisible(c) else c for c in text)
-
-
-def _is_invisible(character: str) -> bool:
-    if character in "\n\t" or character in _JOINERS:
-        return False
-    return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
-
-
-def _find_plain_token(token_ids: np.ndarray, find_text: FindText) -> int | None:
-    """A token of plain letters, for others to be decoded behind: tokenizers drop the space that begins a text."""
-    for token_id in token_ids.tolist():
-        text = find_text(None, [token_id])
-        if text is None:
-            return None
-        if text.isascii() and text.strip().isalpha():
-            return int(token_id)
-    return None
+    """Text as the page shows it: without characters that steer or hide, but with its line ends and tabs."""
+    return make_visible(text, keep_lines=True)
 
 
 def _find_characters(token_ids: Sequence[int], broken: set[int], find_text: FindText) -> Iterator[tuple[int, int, str]]:
