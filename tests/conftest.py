@@ -24,6 +24,12 @@ from logitstore.store.plan import create_plan
 from logitstore.teacher.protocol import Method, TopKMethod
 
 
+def pytest_configure() -> None:
+    """One kind of authentication for every Ray that a test starts in this process: Ray reads it once, and its servers
+    in the process go by that ever after. Tests with Rays in processes of their own set theirs."""
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what takes minutes, unless it is asked for."""
     if "soak" not in config.option.markexpr:

@@ -34,15 +34,13 @@ from trainer.sweep.settings import Sweep, read_sweep
 from trainer.sweep.training import SweepReport, train_sweep
 
 pytestmark = [
-    # Ray keeps its settings for the length of a process: beside other tests of Ray in one these fail.
-    pytest.mark.soak,
     pytest.mark.slow,
     pytest.mark.timeout(600),
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
 ONE_CPU = WorkerDemand(cpus=1.0, gpus=0.0)
-STEPS = 240
+STEPS = 120
 # As Ray names processes that have such an actor.
 WORKER, TRIAL = "ray::RayTrainWorker", "ray::ImplicitFunc"
 MakeSettings = Callable[..., TrainSettings]
@@ -105,7 +103,7 @@ def test_run_whose_worker_is_killed_and_whose_machine_is_taken_away_makes_the_sa
             if result.step >= 30 and not killed:
                 killed.append(cluster.find(WORKER)[-1])
                 os.kill(killed[0], signal.SIGKILL)
-            elif result.step >= 100 and not drained:
+            elif result.step >= 70 and not drained:
                 node = cluster.find_node(cluster.find(WORKER)[0], nodes)
                 drained.append(node.node_id)
                 cluster.drain(node, seconds=120)
@@ -195,7 +193,7 @@ def write_sweep(store: Path, tmp_path: Path) -> Callable[..., Sweep]:
             "students": {"small": {"config": CONFIG}, "wide": {"config": {**CONFIG, "hidden_size": 32}}},
             "losses": {"kl": {"kind": "bucket_kl"}, "text": {"kind": "cross_entropy"}},
             "global_batch_sequences": 8,
-            "steps": 120,
+            "steps": 60,
             "optimizer": {"learning_rate": 1e-2},
             "held_out": {"source": "held"},
             "checkpoint_every": 20,
