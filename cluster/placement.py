@@ -140,7 +140,9 @@ def count_rooms(demands: Sequence[ActorDemand], counts: Sequence[int | None], ma
     for demand, count in zip(demands, counts, strict=True):
         suitable = [node for node, machine in zip(free, machines, strict=True) if demand.suits(machine)]
         if demand.across_machines:
-            rooms.append(int(sum(node.get("GPU", 0.0) for node in suitable) / demand.gpus))
+            rooms.append(0)
+            while rooms[-1] != count and _place_across(demand, suitable):
+                rooms[-1] += 1
             continue
         room = 0
         for node in suitable:
@@ -150,6 +152,31 @@ def count_rooms(demands: Sequence[ActorDemand], counts: Sequence[int | None], ma
             room += fits
         rooms.append(room)
     return rooms
+
+
+def _place_across(demand: ActorDemand, nodes: Sequence[dict[str, float]]) -> bool:
+    """Take one actor's bundles from machines as Ray packs them; False, and nothing taken, where they do not all fit.
+
+    The first bundle goes where most GPUs are free, and as many of the others with it as there is room for.
+    """
+    first, *others = demand.bundles
+    homes = [node for node in nodes if all(node.get(name, 0.0) + 1e-9 >= amount for name, amount in first.items())]
+    if not homes or sum(map(_count_gpus, nodes)) < len(demand.bundles):
+        return False
+    home = max(homes, key=_count_gpus)
+    for name, amount in first.items():
+        home[name] -= amount
+    left = len(others)
+    for node in [home, *sorted((node for node in nodes if node is not home), key=_count_gpus, reverse=True)]:
+        fits = min(left, _count_gpus(node))
+        node["GPU"] = node.get("GPU", 0.0) - fits
+        left -= fits
+    return True
+
+
+def _count_gpus(node: Resources) -> int:
+    """Whole ones: a bundle has no halves of two."""
+    return int(node.get("GPU", 0.0) + 1e-9)
 
 
 def check_placeable(demand: ActorDemand, machines: Sequence[Machine]) -> None:

@@ -115,23 +115,26 @@ class RayCluster:
         selectors = [dict(demand.labels)] * len(demand.bundles) if demand.labels else None
         # As few machines as possible: its parts talk all the time.
         bundles = placement_group(demand.bundles, strategy="PACK", bundle_label_selector=selectors)
-        handle = self._actor_class.options(
-            num_cpus=demand.cpus,
-            num_gpus=0,
-            resources=dict(demand.resources) or None,
-            runtime_env=_KEEP_GPUS_VISIBLE,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(
-                placement_group=bundles, placement_group_bundle_index=0, placement_group_capture_child_tasks=True
-            ),
-        ).remote(group.settings)
+        try:
+            handle = self._actor_class.options(
+                num_cpus=demand.cpus,
+                num_gpus=0,
+                resources=dict(demand.resources) or None,
+                runtime_env=_KEEP_GPUS_VISIBLE,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    placement_group=bundles, placement_group_bundle_index=0, placement_group_capture_child_tasks=True
+                ),
+            ).remote(group.settings)
+        except BaseException:
+            _free(bundles)  # nobody else would: it goes with its actor
+            raise
         return RayActor(handle=handle, group=bundles)
 
     def end(self, actor: RayActor) -> None:
         with contextlib.suppress(RayError, OSError, RuntimeError, ValueError):
             ray.kill(actor.handle)
         if actor.group is not None:
-            with contextlib.suppress(RayError, OSError, RuntimeError, ValueError):
-                remove_placement_group(actor.group)
+            _free(actor.group)
 
     def load(self, actor: RayActor) -> int:
         return self._follow(actor.handle.load.remote())
@@ -162,3 +165,9 @@ class RayCluster:
         # The future has the answer, too; but what `ray.get` makes of it is what the driver can read.
         reference.future().add_done_callback(lambda _: self._ended.put(number))
         return number
+
+
+def _free(group: PlacementGroup) -> None:
+    """Never an error: the cluster may be gone."""
+    with contextlib.suppress(RayError, OSError, RuntimeError, ValueError):
+        remove_placement_group(group)

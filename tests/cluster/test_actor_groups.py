@@ -122,6 +122,38 @@ def test_teacher_on_one_machine_asks_for_all_its_gpus_there() -> None:
     assert find_counts(groups, machines) == [1]  # which waits: no machine has four
 
 
+@pytest.mark.parametrize(
+    ("machines", "count", "expected"),
+    [
+        ([{"CPU": 8.0, "GPU": 4.0}] * 3, None, 3),
+        ([{"CPU": 8.0, "GPU": 2.0}] * 3, None, 1),
+        ([{"CPU": 8.0, "GPU": 2.0}] * 8, 2, 2),
+        ([{"CPU": 8.0, "GPU": 3.5}] * 2, None, 1),  # six whole GPUs, and two halves
+        ([{"CPU": 8.0, "GPU": 0.5}] * 8, None, 0),
+        ([{"CPU": 1.0, "GPU": 8.0}] * 2, None, 0),  # nowhere two CPUs for the first bundle
+        ([{"CPU": 2.0, "GPU": 8.0}, {"GPU": 4.0}], None, 1),  # CPUs for one
+        ([{"CPU": 2.0, "GPU": 1.0}, {"GPU": 1.0}, {"GPU": 2.0}], None, 1),
+        ([{"CPU": 64.0}, {"GPU": 8.0}], None, 0),  # CPUs where there are no GPUs
+        ([{"CPU": 4.0, "GPU": 4.0}, {"GPU": 4.0}], None, 1),  # Ray packs the first one on the machine with the CPUs
+    ],
+)
+def test_rooms_for_teachers_across_machines_are_what_ray_can_place(
+    machines: list[dict[str, float]], count: int | None, expected: int
+) -> None:
+    demand = ActorDemand(cpus=2, gpus=4, across_machines=True)
+    found = [Machine(node_id=str(number), resources=resources) for number, resources in enumerate(machines)]
+    assert count_rooms([demand], [count], found) == [expected]
+
+
+def test_teachers_across_machines_leave_and_take_what_other_groups_have() -> None:
+    across, single = ActorDemand(cpus=2, gpus=4, across_machines=True), ActorDemand(cpus=2, gpus=1)
+    machines = [build_machine(name, CPU=8.0, GPU=3.0) for name in "ab"]
+    assert count_rooms([across, single], [None, None], machines) == [1, 2]
+    assert count_rooms([single, across], [2, None], machines) == [2, 1]
+    assert count_rooms([single, across], [3, None], machines) == [3, 0]
+    assert count_rooms([ActorDemand(cpus=2, gpus=4, labels=A100, across_machines=True)], [None], machines) == [0]
+
+
 def test_teacher_across_machines_asks_for_a_bundle_for_each_gpu() -> None:
     machines = [build_machine("a", CPU=8.0, GPU=2.0), build_machine("b", CPU=8.0, GPU=2.0)]
     settings = build_capture({"cpus": 2}, engine="vllm", vllm={**PARALLEL, "across_machines": True})

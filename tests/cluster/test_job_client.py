@@ -73,7 +73,7 @@ NOT_LET_IN = [
 @pytest.mark.parametrize("refusal", NOT_LET_IN)
 def test_new_head_that_wants_another_token_ends_the_following_with_what_to_do(refusal: Exception, connect: Any) -> None:
     head = FakeRayClient(log=["one\n", ConnectionError("reset"), refusal], statuses=["RUNNING", refusal])
-    with pytest.raises(ConfigError, match=r"wants another token: .* RAY_AUTH_TOKEN_PATH to the new token and submit it"):
+    with pytest.raises(ConfigError, match=r"wants another token: .* to the new token and submit it again"):
         follow(connect(head))
 
 
