@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from logitstore.errors import ConfigError
+from logitstore.expectations import describe_expectation
 from logitstore.url_secrets import hide_secrets
 
 # Values below keys that contain one of these are never printed.
@@ -39,7 +40,7 @@ def build_settings(model: type[SettingsT], values: object, *, where: str) -> Set
             key = ".".join(str(part) for part in problem["loc"]) or "(whole file)"
             found = _describe_found(problem["type"], problem["loc"], problem["input"])
             known = _describe_known_keys(model, problem["loc"]) if problem["type"] == "extra_forbidden" else ""
-            lines.append(f"  {key}: {problem['msg']}{found}{known}")
+            lines.append(f"  {key}: {describe_expectation(problem['msg'])}{found}{known}")
         raise ConfigError(f"{where}: {len(lines)} setting(s) cannot be used:\n" + "\n".join(lines)) from None
 
 
@@ -85,7 +86,7 @@ def read_settings(model: type[SettingsT], path: str | Path, overrides: Sequence[
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such settings file; give the path of a YAML file") from None
+        raise ConfigError(f"{path}: expected a file of settings, found none; give the path of a YAML file") from None
     except OSError as error:
         raise ConfigError(f"{path}: expected a YAML file, found one that cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

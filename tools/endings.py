@@ -9,14 +9,15 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
 from logitstore.errors import LogitStoreError
-from tools.look import print_note
+from tools.look import print_error
 from tools.ownership import check_packages_are_ours
+from tools.usage_errors import UsageError, describe_usage_error
 
 _LOG = logging.getLogger("logitstore")
 # What brings a module that the base installation does without; train and evaluate have an extra of their own.
@@ -43,12 +44,29 @@ _EXTRA_OF_VERB = {
 class Verbs(TyperGroup):
     """The group of all commands, which gives errors their exit codes."""
 
+    def make_context(self, info_name: Any, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        """Read the options that stand before the verb."""
+        self._arguments = list(args)
+        try:
+            return super().make_context(info_name, args, parent, **extra)
+        except UsageError as error:
+            self._refuse(error)
+
+    def _refuse(self, error: UsageError) -> NoReturn:
+        message = describe_usage_error(error, self._arguments)
+        if message is None:  # help was asked for by saying nothing
+            raise error
+        _complain(message)
+        raise typer.Exit(2) from None
+
     def invoke(self, ctx: Any) -> Any:
         """Run the command that was asked for."""
         try:
             check_packages_are_ours()
             result = super().invoke(ctx)
             sys.stdout.flush()
+        except UsageError as error:
+            self._refuse(error)
         except LogitStoreError as error:
             if error.exit_code == 1:
                 raise
@@ -84,4 +102,4 @@ def _find_extra(module: str | None, verb: str | None) -> str | None:
 
 
 def _complain(message: str) -> None:
-    print_note(f"error: {message}", style="red")
+    print_error(f"error: {message}")

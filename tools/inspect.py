@@ -60,7 +60,7 @@ def command(
     """
     set_up_logs(quiet=quiet, verbose=verbose)
     from logitstore.errors import ConfigError
-    from tools.look import print_json, print_note, print_result
+    from tools.look import print_error, print_json, print_result
     from tools.position_filter import build_filter
 
     only = build_filter(min_entropy, min_surprise, matching)
@@ -80,7 +80,7 @@ def command(
     else:
         print_result(*parts)
     for trouble in getattr(result, "unreadable", ()):
-        print_note(f"not counted: {trouble}", style="red")
+        print_error(f"not counted: {trouble}")
     if getattr(result, "unreadable", ()):
         raise typer.Exit(3)
 

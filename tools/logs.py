@@ -1,21 +1,32 @@
-"""Logs of a command: lines on stderr, above a progress bar where there is one."""
+"""Logs of a command: lines on stderr, above a progress bar where there is one; options that every command has."""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
+import warnings
+from collections.abc import Callable
 from typing import IO, Annotated
 
 import typer
 
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, and only errors on stderr.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more on stderr, libraries included.")]
+
+
+def offer(*values: str) -> Callable[[], list[str]]:
+    """What a shell offers as values of an option (`autocompletion=`)."""
+    return lambda: list(values)
+
 
 _OURS = ("logitstore", "trainer", "cluster", "tools")
 # Libraries that complain about themselves when transformers tries them out: of kernels for other machines, and of
 # other libraries' enumerations.
 _NOISY = ("torchao", "torch.utils._pytree")
+# Libraries that write to stderr past the root logger, and the variable that says how much.
+_OUTSPOKEN = {"transformers": "TRANSFORMERS_VERBOSITY", "huggingface_hub": "HF_HUB_VERBOSITY"}
 
 
 class _StderrHandler(logging.StreamHandler[IO[str]]):
@@ -46,6 +57,8 @@ def set_up_logs(*, quiet: bool, verbose: bool) -> None:
     """
     if quiet or not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
+    if quiet:
+        _silence_libraries()
     handler = _StderrHandler()
     handler.setFormatter(_Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     root = logging.getLogger()
@@ -61,3 +74,11 @@ def set_up_logs(*, quiet: bool, verbose: bool) -> None:
     for logger in [root] if verbose else ours:
         logger.addHandler(handler)
     root.setLevel(logging.ERROR if quiet else logging.INFO if verbose else logging.WARNING)
+
+
+def _silence_libraries() -> None:
+    for name, variable in _OUTSPOKEN.items():
+        os.environ.setdefault(variable, "error")
+        logging.getLogger(name).setLevel(logging.ERROR)  # where it is loaded already
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")

@@ -1,17 +1,20 @@
 """What the commands' output looks like: consoles, numbers as text, tables, bars and progress.
 
 Results go to `print_result`, stdout; whatever else there is to say goes to stderr. Colours appear on terminals only,
-and not where NO_COLOR is set; piped output has a width of its own, so that it does not depend on who reads it.
+and neither they nor bold letters where NO_COLOR is set; piped output has a width of its own, so that it does not depend
+on who reads it. Progress is drawn on terminals alone that can draw a line again.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -27,7 +30,14 @@ def open_console(*, stderr: bool = False, markup: bool = False) -> Console:
 
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() or "COLUMNS" in os.environ else _PIPED_WIDTH
-    return Console(stderr=stderr, width=width, highlight=False, markup=markup, emoji=False)
+    # Rich takes NO_COLOR to leave bold and dim letters: those are escape sequences, too.
+    system: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"
+    return Console(stderr=stderr, width=width, highlight=False, markup=markup, emoji=False, color_system=system)
+
+
+def can_redraw(console: Console) -> bool:
+    """Whether a console is a terminal on which a line can be drawn again; FORCE_COLOR makes no pipe one."""
+    return console.file.isatty() and console.is_terminal and not console.is_dumb_terminal
 
 
 def print_result(*parts: RenderableType) -> None:
@@ -46,14 +56,32 @@ def print_result(*parts: RenderableType) -> None:
 
 
 def print_json(values: object) -> None:
-    """Print the one JSON document of a command on stdout; a model of pydantic as its plain values."""
+    """Print the one JSON document of a command on stdout; a model of pydantic as its plain values.
+
+    JSON knows neither NaN nor infinity: such figures are null, as unknown ones are.
+    """
     dump = getattr(values, "model_dump", None)
-    print(json.dumps(dump(mode="json") if dump else values, indent=2, ensure_ascii=False, allow_nan=False))
+    plain = _leave_finite(dump(mode="json") if dump else values)
+    print(json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False))
 
 
-def print_note(message: str, *, style: str = "") -> None:
-    """Print a line on stderr."""
-    open_console(stderr=True).print(message, style=style, soft_wrap=True)
+def _leave_finite(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _leave_finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_leave_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def print_note(message: str) -> None:
+    """Print a line on stderr that is good to know; nothing under --quiet."""
+    if logging.getLogger("tools").getEffectiveLevel() < logging.ERROR:
+        open_console(stderr=True).print(message, soft_wrap=True)
+
+
+def print_error(message: str) -> None:
+    """Print what has gone wrong on stderr."""
+    open_console(stderr=True).print(message, style="red", soft_wrap=True)
 
 
 def format_count(count: float) -> str:
@@ -64,6 +92,15 @@ def format_count(count: float) -> str:
 def count_things(count: int, thing: str) -> str:
     """A number of things by their name: 1 unit, 2,000 units."""
     return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"
+
+
+def format_short(count: float) -> str:
+    """A large number in three digits: 1.23M."""
+    for unit in ("", "k", "M", "G"):
+        if abs(count) < 999.5:
+            return f"{count:.3g}{unit}"
+        count /= 1000
+    return f"{count:.3g}T"
 
 
 def format_bytes(num_bytes: float) -> str:
@@ -99,8 +136,6 @@ def format_entropy(nats: float | None) -> str:
 
 def format_loss(nats: float | None) -> str:
     """A loss in nats per token, with its perplexity; None is unknown."""
-    import math
-
     if nats is None:
         return "unknown"
     return f"{nats:.3f} nats per token (perplexity {math.exp(min(nats, 700)):,.2f})"
@@ -180,19 +215,18 @@ def show_progress(name: str, *, quiet: bool = False) -> Iterator[Callable[..., N
 
     Yields a function to call with (done, total), and a text to show behind the bar if there is one.
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     console = open_console(stderr=True)
-    if quiet or not console.is_terminal:
+    if quiet or not can_redraw(console):
         yield lambda done, total, text="": None
         return
-    columns: list[Any] = [TextColumn(name), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}")]
-    progress = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
+    from tools.progress_bar import build_progress
+
+    progress = build_progress(name, console)
     task = progress.add_task(name, total=None, text="")
 
     def report(done: int, total: int, text: str = "") -> None:
-        progress.start()
         progress.update(task, completed=done, total=total, text=text)
+        progress.start()
 
     try:
         yield report

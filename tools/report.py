@@ -49,7 +49,16 @@ def command(
       logitstore report runs/store --output student.html --student runs/small/student --run runs/sweep
     """
     set_up_logs(quiet=quiet, verbose=verbose)
-    from tools.look import build_facts, count_things, format_bytes, print_json, print_note, print_result, show_progress
+    from tools.look import (
+        build_facts,
+        count_things,
+        format_bytes,
+        print_error,
+        print_json,
+        print_note,
+        print_result,
+        show_progress,
+    )
     from tools.page import check_page_path
     from tools.store_report.page import ReportRequest, build_store_report
 
@@ -76,7 +85,7 @@ def command(
     if page.tokenizer_trouble is not None:
         print_note(f"ids instead of text: {page.tokenizer_trouble}")
     for trouble in page.damaged:
-        print_note(f"not shown: {trouble}", style="red")
+        print_error(f"not shown: {trouble}")
     if page.damaged:
         raise typer.Exit(3)
 

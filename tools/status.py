@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from tools.logs import Quiet, Verbose, set_up_logs
+from tools.logs import AsJson, Quiet, Verbose, set_up_logs
 
 
 def command(
@@ -15,7 +15,7 @@ def command(
         bool, typer.Option("--watch", "-w", help="Look again and again until nothing is left to wait for.")
     ] = False,
     every: Annotated[float, typer.Option(min=1, metavar="SECONDS", help="Time between two looks.")] = 10.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
@@ -34,13 +34,14 @@ def command(
       logitstore status runs/store --json
     """
     set_up_logs(quiet=quiet, verbose=verbose)
-    if watch and as_json:
-        raise typer.BadParameter("expected --json or --watch, found both; --json prints one document")
+    from logitstore.errors import ConfigError
     from logitstore.store.files import StoreFiles
     from tools.look import print_json, print_result
     from tools.status_view import render_status
     from tools.store_status import read_status
 
+    if watch and as_json:
+        raise ConfigError("logitstore status: expected --json or --watch, found both; --json prints one document")
     if watch:
         from tools.status_watch import watch_status
 

@@ -10,7 +10,7 @@ from rich.live import Live
 
 from logitstore.errors import OutsideError
 from logitstore.store.files import StoreFiles
-from tools.look import open_console, print_note, print_result
+from tools.look import can_redraw, open_console, print_note, print_result
 from tools.status_view import describe_in_one_line, render_status
 from tools.store_status import StatusReader, StoreStatus
 
@@ -27,7 +27,7 @@ def watch_status(files: StoreFiles, *, seconds: float, pause: Callable[[float], 
     """
     reader = StatusReader(files)
     console = open_console()
-    if not console.is_terminal:
+    if not can_redraw(console):
         print_result(*render_status(_follow(reader, _print_line, seconds, pause)))
         return
     with Live(console=console, auto_refresh=False) as live:

@@ -157,7 +157,7 @@ def _set_ticks(axes: Axes, cost: _Cost, runs: Sequence[RunResult]) -> None:
 
 
 def _name_place(place: float, runs: Sequence[RunResult]) -> str:
-    from tools.sweep_table import format_short
+    from tools.look import format_short
 
     students = {run.labels.get("student", "") for run in runs}
     return f"{format_short(place)}\n{students.pop() if len(students) == 1 else ''}".rstrip()

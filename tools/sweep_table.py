@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tools.look import build_table, format_count, format_seconds
+from tools.look import build_table, format_count, format_seconds, format_short
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -96,8 +96,9 @@ def _describe_cost(run: RunResult, reserved: Reserved | None) -> list[str]:
 
 def _describe_steps(run: RunResult, *, is_whole: bool) -> str:
     """How far a run is, with what is remarkable about it; where all are finished, that is not."""
-    steps = str(run.steps) if is_whole else f"{run.steps} of {run.all_steps}, {run.status}"
-    return f"{steps}, {run.skipped_steps} skipped" if run.skipped_steps else steps
+    steps = format_count(run.steps)
+    steps = steps if is_whole else f"{steps} of {format_count(run.all_steps)}, {run.status}"
+    return f"{steps}, {format_count(run.skipped_steps)} skipped" if run.skipped_steps else steps
 
 
 def build_means_table(means: Sequence[MeanResult]) -> Table:
@@ -121,12 +122,3 @@ def build_means_table(means: Sequence[MeanResult]) -> Table:
 def list_errors(runs: Sequence[RunResult]) -> list[str]:
     """A line for every run that failed."""
     return [f"{run.name} failed: {run.error}" for run in runs if run.status == "failed"]
-
-
-def format_short(count: float) -> str:
-    """A large number in three digits: 1.23M."""
-    for unit in ("", "k", "M", "G"):
-        if abs(count) < 999.5:
-            return f"{count:.3g}{unit}"
-        count /= 1000
-    return f"{count:.3g}T"

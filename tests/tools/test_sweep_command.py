@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
+from tools.look import format_short
 from tools.sweep_plot import write_plot
-from tools.sweep_table import format_short
 from trainer.sweep.record import RunResult
 from trainer.sweep.results import MeanResult
 from trainer.sweep.training import SweepReport

@@ -119,7 +119,7 @@ def test_listed_runs_with_sections_of_their_own_have_labels_too(read: Read) -> N
         ({"runs": [{"name": "one", "student": "a"}], "seeds": [1]}, "expected this or seeds and axes"),
         ({"runs": [{"name": "one", "student": "c"}]}, r"expected a name of students \(none\), found 'c'"),
         ({"runs": [{"name": "one", "student": {"model": "m"}, "step": 1}]}, "run 'one'"),
-        ({"train": "nowhere.yaml", "seeds": [1]}, "no such settings file"),
+        ({"train": "nowhere.yaml", "seeds": [1]}, "expected a file of settings, found none"),
     ],
 )
 def test_sweep_that_cannot_be_meant_is_refused(read: Read, values: dict[str, Any], message: str) -> None:
