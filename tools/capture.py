@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tools.logs import Quiet, Verbose, set_up_logs
+from tools.logs import AsJson, Quiet, Verbose, set_up_logs
 
 
 def command(
@@ -25,7 +25,7 @@ def command(
     extend: Annotated[
         bool, typer.Option("--extend", help="Add corpus files that the store does not have to it.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:

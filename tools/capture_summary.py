@@ -10,7 +10,7 @@ from cluster.report import report_finished_capture
 from cluster.settings import ClusterCaptureSettings
 from logitstore.settings import Settings
 from logitstore.store.files import StoreFiles
-from tools.look import build_facts, format_bytes, format_count, format_seconds
+from tools.look import build_facts, count_things, format_bytes, format_count, format_seconds
 from tools.status_view import render_status
 from tools.store_status import StoreStatus, read_status
 
@@ -94,12 +94,12 @@ def render_summary(summary: CaptureSummary) -> list[RenderableType]:
     """What `logitstore capture` shows when it has ended."""
     run = summary.run
     if not run.units_captured:
-        this_run = f"nothing was left to do, all {format_count(run.units_before)} units were committed before"
+        this_run = f"nothing was left to do, {count_things(run.units_before, 'unit')} had been committed before"
         if not summary.store.is_complete:
             this_run = "captured nothing"
         return [build_facts([("this run", this_run)]), *render_status(summary.store)]
     facts = [
-        ("this run", f"{format_count(run.units_captured)} units, {format_count(run.records)} records"),
+        ("this run", f"{count_things(run.units_captured, 'unit')}, {count_things(run.records, 'record')}"),
         ("", f"{format_count(run.positions)} positions, {format_bytes(run.bytes)} of shards"),
         ("took", f"{format_seconds(run.seconds)}, {format_count(run.positions_per_second)} positions per second"),
         ("trouble", _describe_trouble(run)),
@@ -110,7 +110,7 @@ def render_summary(summary: CaptureSummary) -> list[RenderableType]:
 def _describe_trouble(run: CaptureRun) -> str | None:
     parts = []
     if run.failures:
-        parts.append(f"{format_count(run.failures)} failed attempts")
+        parts.append(count_things(run.failures, "failed attempt"))
     if run.actor_losses:
-        parts.append(f"{format_count(run.actor_losses)} lost actors")
+        parts.append(count_things(run.actor_losses, "lost actor"))
     return ", ".join(parts) or None

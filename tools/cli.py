@@ -25,7 +25,7 @@ import tools.sweep
 import tools.train
 import tools.verify
 from tools.endings import Verbs
-from tools.logs import Quiet, Verbose, set_up_logs
+from tools.logs import AsJson, Quiet, Verbose, set_up_logs
 
 _QUICK_STEPS = 100
 
@@ -64,8 +64,9 @@ def describe(
 ) -> None:
     """Run the teacher once, keep what it said, teach many students.
 
-    Results go to stdout, everything else to stderr; --json prints one document. Exit codes: 0 done, 1 bug,
-    2 usage or settings, 3 store damaged or incompatible, 4 trouble outside that may pass: run it again.
+    Results go to stdout, everything else to stderr; --json prints one document, --quiet leaves only errors on stderr.
+    Exit codes: 0 done, 1 bug, 2 usage or settings, 3 store damaged or incompatible, 4 trouble outside that may pass:
+    run it again.
 
     \b
     Example:
@@ -79,6 +80,7 @@ def quickstart(
         bool, typer.Option("--overwrite", help="Replace what an earlier quickstart left in the folder.")
     ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Few training steps: a smoke test.")] = False,
+    as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
@@ -93,11 +95,16 @@ def quickstart(
       logitstore quickstart --folder /tmp/first-look
     """
     set_up_logs(quiet=quiet, verbose=verbose)
-    from tools.look import open_console
+    from tools.look import open_console, print_json
     from tools.quickstart.run import run_quickstart
 
-    steps = _QUICK_STEPS if quick else None
-    run_quickstart(folder, console=open_console(markup=True), overwrite=overwrite, steps=steps)
+    console = open_console(stderr=as_json, markup=True)
+    console.quiet = as_json and quiet
+    result = run_quickstart(
+        folder, console=console, overwrite=overwrite, steps=_QUICK_STEPS if quick else None, quiet=quiet
+    )
+    if as_json:
+        print_json(result.describe())
 
 
 app.command("quickstart")(quickstart)

@@ -7,24 +7,33 @@ from typing import Annotated
 
 import typer
 
-from tools.logs import Quiet, Verbose, set_up_logs
+from tools.logs import AsJson, Quiet, Verbose, offer, set_up_logs
 
 app: typer.Typer = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 LayoutOption = Annotated[
-    str, typer.Option(metavar="LAYOUT", help="Of the data set: distillkit, distillkit-compressed or axolotl.")
+    str,
+    typer.Option(
+        metavar="LAYOUT",
+        help="Of the data set: distillkit, distillkit-compressed or axolotl.",
+        autocompletion=offer("distillkit", "distillkit-compressed", "axolotl"),
+    ),
 ]
 CompressionOption = Annotated[
     Path | None,
     typer.Option(metavar="FILE.yaml", help="distillkit-compressed: DistillKit's compression_config.yaml."),
 ]
 AlignmentOption = Annotated[
-    str, typer.Option(metavar="next|same", help="axolotl: whether row j speaks about token j + 1 or, of old, token j.")
+    str,
+    typer.Option(
+        metavar="next|same",
+        help="axolotl: whether row j speaks about token j + 1 or, of old, token j.",
+        autocompletion=offer("next", "same"),
+    ),
 ]
 CheckAllOption = Annotated[
     bool, typer.Option("--check-all", help="Compare everything that was written with its source, not a sample.")
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 
 @app.callback()
@@ -47,7 +56,7 @@ def export_command(
     folder: Annotated[str, typer.Argument(metavar="FOLDER", help="URL or folder of the data set, new or begun.")],
     layout: LayoutOption,
     top_k: Annotated[int | None, typer.Option(min=1, help="Entries of a position; all that the store keeps.")] = None,
-    manifest: Annotated[int | None, typer.Option(min=1, help="Export this manifest, not the newest.")] = None,
+    manifest: Annotated[int | None, typer.Option(min=1, help="Number of the manifest; the newest otherwise.")] = None,
     compression: CompressionOption = None,
     alignment: AlignmentOption = "next",
     renormalize: Annotated[
@@ -61,7 +70,7 @@ def export_command(
         bool, typer.Option("--trim", help="DistillKit: as many token ids as rows of signal, as it packs them.")
     ] = False,
     check_all: CheckAllOption = False,
-    as_json: JsonOption = False,
+    as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
@@ -79,7 +88,7 @@ def export_command(
     set_up_logs(quiet=quiet, verbose=verbose)
     from logitstore.interchange.exporting import ExportSettings
     from logitstore.settings import build_settings
-    from tools.convert_export import read_compression, render_export, run_export
+    from tools.convert_export import check_agreement, read_compression, render_export, run_export
     from tools.look import print_json, print_result
 
     values = {
@@ -96,8 +105,7 @@ def export_command(
         print_json(summary)
     else:
         print_result(*render_export(summary))
-    if summary.agreement.beyond_bound:
-        raise typer.Exit(3)
+    check_agreement(summary.agreement, summary.folder)
 
 
 @app.command("import")
@@ -124,6 +132,7 @@ def import_command(
         typer.Option(
             metavar="auto|vocabulary|support",
             help="What logprobs are normalized over: all ids, or the entries alone. The first rows decide otherwise.",
+            autocompletion=offer("auto", "vocabulary", "support"),
         ),
     ] = "auto",
     mass_tolerance: Annotated[
@@ -131,10 +140,15 @@ def import_command(
         typer.Option(min=0, help="How far a position may sum to more than 1: 0.01, and 0.5 for polynomials."),
     ] = None,
     codec: Annotated[
-        str, typer.Option(metavar="compact|float16|float32", help="How the store rounds logprobs.")
+        str,
+        typer.Option(
+            metavar="compact|float16|float32",
+            help="How the store rounds logprobs.",
+            autocompletion=offer("compact", "float16", "float32"),
+        ),
     ] = "compact",
     check_all: CheckAllOption = False,
-    as_json: JsonOption = False,
+    as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
@@ -153,6 +167,7 @@ def import_command(
     set_up_logs(quiet=quiet, verbose=verbose)
     from logitstore.interchange.import_plan import ImportSettings
     from logitstore.settings import build_settings
+    from tools.convert_export import check_agreement
     from tools.convert_import import find_compression, load_foreign_teacher, render_import, run_import
     from tools.look import print_json, print_result
 
@@ -172,8 +187,7 @@ def import_command(
         print_json(summary)
     else:
         print_result(*render_import(summary))
-    if summary.agreement.beyond_bound:
-        raise typer.Exit(3)
+    check_agreement(summary.agreement, summary.store)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from logitstore.errors import InvalidSignalError
 from logitstore.interchange.comparison import Agreement
 from logitstore.interchange.distillkit_codec import CompressionConfig
 from logitstore.interchange.export_check import check_export
@@ -124,3 +125,17 @@ def describe_agreement(agreement: Agreement, *, is_whole: bool) -> list[tuple[st
         ("", f"KL {agreement.mean_kl:.3g} nats on average, {agreement.largest_kl:.3g} at most"),
         ("bound", promise),
     ]
+
+
+def check_agreement(agreement: Agreement, what: str) -> None:
+    """Hold what was written to the bound of its layout or codec.
+
+    Raises:
+        InvalidSignalError: entries differ by more.
+    """
+    if agreement.beyond_bound:
+        raise InvalidSignalError(
+            f"{what}: expected what it was made from, but for rounding, found "
+            f"{count_things(agreement.beyond_bound, 'value')} beyond the bound, the first: "
+            f"{agreement.first_beyond_bound}; write it again into another place, and do not use this one"
+        )

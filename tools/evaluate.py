@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tools.logs import Quiet, Verbose, set_up_logs
+from tools.logs import AsJson, Quiet, Verbose, set_up_logs
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -57,7 +57,7 @@ def command(
     report: Annotated[
         Path | None, typer.Option(metavar="PAGE.html", help="Write a page with tables and charts.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:

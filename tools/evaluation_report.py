@@ -61,7 +61,7 @@ def write_report(
         students=results,
     )
     path.write_text(build_evaluation_report(data), encoding="utf-8")
-    print_note(f"report in {path}")
+    print_note(f"the report is in {path}")
 
 
 def describe_records(settings: EvaluateSettings) -> str:

@@ -7,18 +7,25 @@ from typing import Annotated
 
 import typer
 
-from tools.logs import Quiet, Verbose, set_up_logs
+from tools.logs import AsJson, Quiet, Verbose, offer, set_up_logs
 
 
 def command(
     student: Annotated[Path, typer.Argument(metavar="STUDENT_FOLDER", help="Folder of a finished student.")],
     path: Annotated[Path, typer.Argument(metavar="PATH", help="Folder (int8) or file (gguf) to make.")],
-    to: Annotated[str, typer.Option(metavar="FORMAT", help="int8, gguf-f16 or gguf-q8_0.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            metavar="FORMAT",
+            help="int8, gguf-f16 or gguf-q8_0.",
+            autocompletion=offer("int8", "gguf-f16", "gguf-q8_0"),
+        ),
+    ],
     converter: Annotated[
         Path | None,
         typer.Option(metavar="FILE.py", help="gguf: llama.cpp's convert_hf_to_gguf.py; an installed one otherwise."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
@@ -35,7 +42,7 @@ def command(
     from dataclasses import asdict
     from typing import cast
 
-    from tools.look import build_facts, format_bytes, print_json, print_result
+    from tools.look import build_facts, format_bytes, format_share, print_json, print_result
     from trainer.export import ExportFormat, export_student
 
     report = export_student(student, path, cast("ExportFormat", to), converter=converter)
@@ -49,7 +56,7 @@ def command(
             "largest difference",
             f"{report.largest_difference:.4f} of a logit; the largest logit is {report.largest_logit:.2f}",
         ),
-        ("same likeliest token", f"{report.top1_agreement:.1%} of 64 positions of arbitrary tokens"),
+        ("same likeliest token", f"{format_share(report.top1_agreement)} of 64 positions of arbitrary tokens"),
     ]
     print_result(build_facts(facts))
 

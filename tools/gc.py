@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tools.logs import Quiet, Verbose, set_up_logs
+from tools.logs import AsJson, Quiet, Verbose, set_up_logs
 
 if TYPE_CHECKING:
     from logitstore.store.files import StoreFiles
@@ -19,7 +19,7 @@ def command(
         float, typer.Option(min=0, help="Keep younger files: a running capture uploads before it commits.")
     ] = 24.0,
     delete: Annotated[bool, typer.Option("--delete", help="Delete them; without it they are only listed.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
@@ -34,7 +34,7 @@ def command(
     """
     set_up_logs(quiet=quiet, verbose=verbose)
     from logitstore.store.files import StoreFiles
-    from tools.look import build_table, format_bytes, print_json, print_result
+    from tools.look import build_table, count_things, format_bytes, print_json, print_result
 
     files = StoreFiles(store)
     garbage = run_gc(files, grace_hours=grace_hours, delete=delete)
@@ -46,11 +46,11 @@ def command(
     if not garbage:
         print_result(f"{files.url}: nothing to delete that is older than {grace_hours:g} hours.")
         return
-    count = "1 file" if len(garbage) == 1 else f"{len(garbage):,} files"
     rows = [(file.path, format_bytes(file.bytes)) for file in garbage]
     done = "Deleted" if delete else "Nothing was deleted; add --delete to delete"
     print_result(
-        build_table(None, ["file that nothing refers to", "#size"], rows), f"{done} {count}, {format_bytes(num_bytes)}."
+        build_table(None, ["file that nothing refers to", "#size"], rows),
+        f"{done} {count_things(len(garbage), 'file')}, {format_bytes(num_bytes)}.",
     )
 
 

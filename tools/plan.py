@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tools.logs import Quiet, Verbose, set_up_logs
+from tools.logs import AsJson, Quiet, Verbose, set_up_logs
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -37,7 +37,7 @@ def command(
         float | None, typer.Option(min=1e-9, help="What one actor uploads, in 10^6 bytes per second.")
     ] = None,
     probe_positions: Annotated[int, typer.Option(min=1, help="Positions to run through the teacher.")] = 32_768,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:

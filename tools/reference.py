@@ -17,10 +17,11 @@ _HEAD = """# Commands
 What `logitstore VERB --help` says, in one page. It is written from the commands (`python -m tools.reference >
 docs/commands.md`), and a test holds it to them.
 
-Results go to stdout, everything else to stderr. `--json` prints one document, `--quiet` leaves only warnings and
-errors, `--verbose` says more and has tracebacks of what went wrong. Progress is drawn on terminals only, and colours
-not where `NO_COLOR` is set. Exit codes: 0 done; 1 a bug, with its traceback; 2 usage or settings; 3 a store is damaged,
-incompatible or beyond a bound that was set; 4 trouble outside that may pass: run it again; 130 interrupted.
+Results go to stdout, everything else to stderr. `--json` prints one document, whose unknown figures are null;
+`--quiet` leaves only errors on stderr; `--verbose` says more and has tracebacks of what went wrong. Progress and
+colours are for terminals: there are no colours where `NO_COLOR` is set, and with `TERM=dumb` no progress either. Exit
+codes: 0 done; 1 a bug, with its traceback; 2 usage or settings; 3 a store is damaged, incompatible or beyond a bound
+that was set; 4 trouble outside that may pass: run it again; 130 interrupted.
 
 `logitstore --install-completion` makes the shell complete verbs and options.
 """

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tools.logs import Quiet, Verbose, set_up_logs
+from tools.logs import AsJson, Quiet, Verbose, set_up_logs
 
 if TYPE_CHECKING:
     from cluster.job_client import JobClient
@@ -58,7 +58,6 @@ AnyVersionOption = Annotated[
 ]
 PythonOption = Annotated[str, typer.Option(help="The cluster's interpreter.")]
 JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="Name that the job was given when it was submitted.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 _VERBS = {
     "capture": (
@@ -107,7 +106,7 @@ def _build_command(verb: Verb) -> Callable[..., None]:
         package: PackageOption = False,
         any_version: AnyVersionOption = False,
         python: PythonOption = "python",
-        as_json: JsonOption = False,
+        as_json: AsJson = False,
         quiet: Quiet = False,
         verbose: Verbose = False,
     ) -> None:
@@ -143,7 +142,7 @@ app.command("sweep")(_build_command("sweep"))
 def follow_command(
     job: JobArgument,
     address: AddressOption = None,
-    as_json: JsonOption = False,
+    as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
@@ -165,7 +164,7 @@ def follow_command(
 def status_command(
     job: Annotated[str | None, typer.Argument(metavar="[JOB]", help="One job; all of the cluster otherwise.")] = None,
     address: AddressOption = None,
-    as_json: JsonOption = False,
+    as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
@@ -194,7 +193,7 @@ def stop_command(
     job: JobArgument,
     address: AddressOption = None,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Return when the request is accepted.")] = False,
-    as_json: JsonOption = False,
+    as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
@@ -235,8 +234,7 @@ def _submit(submission: Submission, address: str | None, *, wait: bool, as_json:
     with prepare(submission) as request:
         client = JobClient(address)
         name = client.start(request)
-    if not quiet:
-        print_note(f"job {name} on {client.address}")
+    print_note(f"job {name} on {client.address}")
     if wait:
         _end_like(_follow(client, name, quiet=quiet), as_json=as_json)
     else:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tools.logs import Quiet, Verbose, set_up_logs
+from tools.logs import AsJson, Quiet, Verbose, set_up_logs
 from tools.places import Address, Cpus, Gpus, Place, choose_place
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def command(
     ] = None,
     cpus: Cpus = None,
     gpus: Gpus = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
@@ -64,10 +64,31 @@ def command(
     report = run_sweep(sweep, quiet=quiet or not is_first_rank, place=place)
     if is_first_rank:
         _print_report(report, as_json=as_json)
+        check_report(report)
+    elif report.interrupted or report.failed:
+        raise typer.Exit(4 if report.interrupted else 3)
+
+
+def check_report(report: SweepReport) -> None:
+    """Hold a sweep to what was asked for.
+
+    Raises:
+        OutsideError: it was asked to stop before it was done.
+        TrainingError: runs have failed.
+    """
+    from logitstore.errors import OutsideError, TrainingError
+
     if report.interrupted:
-        raise typer.Exit(4)
+        raise OutsideError(
+            f"{report.output}: expected all runs to be trained, found that the sweep was asked to stop before; run the "
+            "same command again to go on"
+        )
     if report.failed:
-        raise typer.Exit(3)
+        names = ", ".join(run.name for run in report.runs if run.status == "failed")
+        raise TrainingError(
+            f"{report.output}: expected every run to be trained, found runs that failed: {names}; look at their errors "
+            "above, then run the same command again"
+        )
 
 
 def run_sweep(sweep: Sweep, *, quiet: bool = False, place: Place | None = None) -> SweepReport:

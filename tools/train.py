@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tools.logs import Quiet, Verbose, set_up_logs
+from tools.logs import AsJson, Quiet, Verbose, set_up_logs
 from tools.places import Address, Cpus, Gpus, Place, choose_place
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def command(
     ] = None,
     cpus: Cpus = None,
     gpus: Gpus = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
@@ -45,6 +45,7 @@ def command(
       logitstore train train.yaml --address auto --workers 16
     """
     set_up_logs(quiet=quiet, verbose=verbose)
+    from logitstore.errors import OutsideError
     from logitstore.settings import read_settings
     from tools.evaluation_tables import render_evaluation
     from tools.look import build_facts, format_count, print_json, print_result
@@ -67,8 +68,13 @@ def command(
         ]
         evaluation = () if report.evaluation is None else (render_evaluation(report.evaluation, "Held-out records"),)
         print_result(build_facts(facts), *evaluation)
-    if report.interrupted:
+    if report.interrupted and not is_first_rank:
         raise typer.Exit(4)
+    if report.interrupted:
+        raise OutsideError(
+            f"{settings.output}: expected {format_count(settings.steps)} steps, found that the run was asked to stop "
+            f"after {format_count(report.steps)}; run the same command again to go on"
+        )
 
 
 def run_train(settings: TrainSettings, *, quiet: bool = False, place: Place | None = None) -> TrainReport:

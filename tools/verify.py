@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tools.logs import Quiet, Verbose, set_up_logs
+from tools.logs import AsJson, Quiet, Verbose, set_up_logs
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -25,7 +25,7 @@ def command(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Shards checked at once, each in memory; by default one per core.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
@@ -41,6 +41,7 @@ def command(
       logitstore verify s3://bucket/stores/docs --repair
     """
     set_up_logs(quiet=quiet, verbose=verbose)
+    from logitstore.errors import CorruptShardError
     from logitstore.store.files import StoreFiles
     from tools.look import print_json, print_result, show_progress
     from tools.store_check import run_verify
@@ -52,14 +53,14 @@ def command(
     else:
         print_result(*render_check(check))
     if not check.is_good:
-        raise typer.Exit(3)
+        raise CorruptShardError(describe_damage(check))
 
 
 def render_check(check: StoreCheck) -> list[RenderableType]:
     """What `logitstore verify` shows."""
     from rich.text import Text
 
-    from tools.look import build_facts, format_bytes, format_count
+    from tools.look import build_facts, count_things, format_bytes, format_count
 
     set_aside = f"; {format_count(check.quarantined)} set aside after too many failures" if check.quarantined else ""
     read = "commits, sizes and manifests; no shard was read" if check.is_quick else "every byte of every shard"
@@ -79,23 +80,35 @@ def render_check(check: StoreCheck) -> list[RenderableType]:
     if check.is_clean:
         parts.append(Text("The store is what it says it is.", style="green"))
     elif not check.is_repaired:
-        parts.append(Text(f"{_count_problems(len(check.problems))}.", style="bold red"))
+        parts.append(Text(f"{count_things(len(check.problems), 'problem')}.", style="bold red"))
     else:
         parts.append(Text(_describe_repair(check), style="green" if check.is_good else "bold red"))
     return parts
 
 
+def describe_damage(check: StoreCheck) -> str:
+    """What is wrong, in the line with which the command ends."""
+    from tools.look import count_things
+
+    left = check.remaining if check.is_repaired else check.problems
+    advice = "see what each of them asks for"
+    if not check.is_repaired:
+        advice = (
+            f"'logitstore verify {check.store} --repair' takes damaged units back, 'logitstore capture' does them anew"
+        )
+    found = count_things(len(left), "problem")
+    return f"{check.store}: expected what the store says of itself, found {found}; {advice}"
+
+
 def _describe_repair(check: StoreCheck) -> str:
-    lines = [f"{_count_problems(len(check.problems))}; manifest {check.manifest} was written without them."]
+    from tools.look import count_things
+
+    lines = [f"{count_things(len(check.problems), 'problem')}; manifest {check.manifest} was written without them."]
     if check.units_to_capture:
         units = ", ".join(map(str, check.units_to_capture))
         lines.append(f"To be captured again with 'logitstore capture': units {units}.")
     lines += [f"Still wrong: {problem.path}: {problem.what}" for problem in check.remaining]
     return "\n".join(lines)
-
-
-def _count_problems(count: int) -> str:
-    return "1 problem" if count == 1 else f"{count:,} problems"
 
 
 if __name__ == "__main__":

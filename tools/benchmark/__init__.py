@@ -15,6 +15,7 @@ from tools.benchmark.scale import scale
 from tools.benchmark.storage import storage
 from tools.benchmark.stream import stream
 from tools.benchmark.train import train
+from tools.benchmark.verbs import as_verb
 from tools.benchmark.vocabularies import vocabularies
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -24,7 +25,7 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions
 def describe() -> None:
     """Measure on this machine what BENCHMARKS.md tells of others: always beside an alternative, in one run.
 
-    Results are tables in Markdown, with the machine above them.
+    Results are tables in Markdown, as they stand there, with the machine above them; --json has the same cells.
 
     \b
     Example:
@@ -32,15 +33,18 @@ def describe() -> None:
     """
 
 
-app.command()(capture)
-app.command("capture-vllm")(capture_vllm)
-app.command()(codec)
-app.command()(driver)
-app.command()(loss)
-app.command()(method_cost)
-app.command()(methods)
-app.command()(scale)
-app.command()(storage)
-app.command()(stream)
-app.command()(vocabularies)
-app.command()(train)
+for measure in (
+    capture,
+    capture_vllm,
+    codec,
+    driver,
+    loss,
+    method_cost,
+    methods,
+    scale,
+    storage,
+    stream,
+    vocabularies,
+    train,
+):
+    app.command(measure.__name__.replace("_", "-"))(as_verb(measure))

@@ -9,6 +9,9 @@ from typing import Annotated
 
 import typer
 
+from tools.benchmark.arguments import check_multiple
+from tools.benchmark.tables import print_heading, print_table, print_text
+
 _LONG_DOCUMENTS = (1, 8)  # times the positions of a unit
 
 
@@ -21,14 +24,14 @@ class MethodChoice(StrEnum):
 
 
 def capture(
-    vocab_size: Annotated[int, typer.Option(min=1000, help="V.")] = 32_000,
+    vocab_size: Annotated[int, typer.Option(min=1000, help="V, size of the vocabulary.")] = 32_000,
     hidden_size: Annotated[int, typer.Option(min=64, help="D, a multiple of 64.")] = 512,
-    layers: Annotated[int, typer.Option(min=1)] = 6,
+    layers: Annotated[int, typer.Option(min=1, help="Of the teacher.")] = 6,
     method: Annotated[list[MethodChoice] | None, typer.Option(help="Default all.")] = None,
-    length: Annotated[int, typer.Option(min=16, help="Positions of a sequence.")] = 1024,
+    length: Annotated[int, typer.Option(min=16, help="T, positions of a sequence.")] = 1024,
     positions: Annotated[int, typer.Option(min=16, help="Of a unit, one repetition.")] = 16_384,
     batch_tokens: Annotated[int, typer.Option(min=16, help="Tokens of a forward pass.")] = 4096,
-    repeats: Annotated[int, typer.Option(min=1)] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed repetitions of each, in turns.")] = 5,
 ) -> None:
     """Capture units with a transformers teacher of random weights, and run its forward pass alone on the same batches.
 
@@ -42,9 +45,9 @@ def capture(
     import torch
 
     from tools.benchmark.capture_units import CaptureCase, measure_capture, measure_peak
-    from tools.benchmark.tables import print_heading, print_table
 
     chosen = method or list(MethodChoice)
+    check_multiple("--hidden-size", hidden_size, of=64)
     case = CaptureCase(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
@@ -65,11 +68,10 @@ def capture(
             num_words: measure_peak(case, str(chosen[0]), num_words, Path(folder) / f"words-{num_words}")
             for num_words in (factor * case.positions for factor in _LONG_DOCUMENTS)
         }
-    print(
+    print_text(
         f"Units of {figures.positions:,} positions, {torch.get_num_threads()} threads, float32, {figures.parameters:,} "
         "parameters. Capture: JSON lines in, tokenized, scored, sparsified,\nencoded, checked, written, digested and "
-        "committed to a local disk. ±: half the spread, in percent.\n",
-        flush=True,
+        "committed to a local disk. ±: half the spread, in percent."
     )
     bare = figures.bare.median
     rows: list[list[object]] = [
@@ -88,4 +90,4 @@ def capture(
         )
     print_table(["", "positions per second", "±", "of the bare pass", "bytes per position"], rows)
     listed = ", ".join(f"of {num_words:,} tokens {peak / 2**20:,.0f} MiB" for num_words, peak in peaks.items())
-    print(f"{chosen[0]}, most memory beside the loaded teacher, for a single document {listed}.\n")
+    print_text(f"{chosen[0]}, most memory beside the loaded teacher, for a single document {listed}.")

@@ -8,16 +8,19 @@ from typing import Annotated
 
 import typer
 
+from tools.benchmark.arguments import check_multiple
+from tools.benchmark.tables import print_heading, print_table, print_text
+
 
 def capture_vllm(
-    vocab_size: Annotated[int, typer.Option(min=1000, help="V.")] = 32_000,
+    vocab_size: Annotated[int, typer.Option(min=1000, help="V, size of the vocabulary.")] = 32_000,
     hidden_size: Annotated[int, typer.Option(min=64, help="D, a multiple of 64.")] = 512,
-    layers: Annotated[int, typer.Option(min=1)] = 6,
+    layers: Annotated[int, typer.Option(min=1, help="Of the teacher.")] = 6,
     k: Annotated[int, typer.Option(min=1, help="Entries of every support.")] = 64,
-    length: Annotated[int, typer.Option(min=16, help="Positions of a sequence.")] = 512,
+    length: Annotated[int, typer.Option(min=16, help="T, positions of a sequence.")] = 512,
     positions: Annotated[int, typer.Option(min=16, help="Of one repetition.")] = 8192,
     batch_tokens: Annotated[int, typer.Option(min=16, help="Tokens of a step of the engine.")] = 2048,
-    repeats: Annotated[int, typer.Option(min=1)] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed repetitions of each, in turns.")] = 5,
 ) -> None:
     """Score the same prompts with a teacher in vLLM, with vLLM's prompt_logprobs, and with nothing asked.
 
@@ -29,9 +32,9 @@ def capture_vllm(
       logitstore benchmark capture-vllm --repeats 3
     """
     from tools.benchmark.capture_units import CaptureCase
-    from tools.benchmark.tables import print_heading, print_table
     from tools.benchmark.vllm_engines import measure_engines
 
+    check_multiple("--hidden-size", hidden_size, of=64)
     case = CaptureCase(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
@@ -64,9 +67,8 @@ def capture_vllm(
         for name, one in figures.items()
     ]
     header = ["", "front end, µs per position", "±", "times logitstore's", "positions per second", "±", "of nothing's"]
-    print(
+    print_text(
         f"{scored:,} positions per repetition, float32. Front end: CPU time of the process that asks, up to arrays of "
-        "ids and logprobs.\n±: half the spread, in percent.\n",
-        flush=True,
+        "ids and logprobs.\n±: half the spread, in percent."
     )
     print_table(header, rows)

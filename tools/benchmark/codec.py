@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tools.benchmark.tables import print_heading, print_table, print_text
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -67,7 +69,6 @@ def codec(
       logitstore benchmark codec --method head_tail --positions 8192
     """
     from tools.benchmark.signals import cut_supports
-    from tools.benchmark.tables import print_heading
 
     options = "" if method is MethodChoice.top_k else f" --method {method}"
     options += " --explore" if explore else ""
@@ -118,18 +119,16 @@ def _print_signals(records: list[Record]) -> None:
     tokens = np.concatenate([record.token_ids[1:] for record in records])
     supports = [record.signal.support_ids.reshape(record.num_positions, -1) for record in records]
     spread = [compute_entropy_bits(np.concatenate([ids[:, :k].ravel() for ids in supports])) for k in _TOP_KS]
-    print(
+    print_text(
         f"{len(entropy):,} positions, entropy {entropy.mean():.2f} nats in the mean; order-0 entropy of the tokens "
         f"{compute_entropy_bits(tokens):.1f} bits,\nof the ids in supports of {', '.join(map(str, _TOP_KS))}: "
-        f"{', '.join(f'{bits:.1f}' for bits in spread)} bits\n",
-        flush=True,
+        f"{', '.join(f'{bits:.1f}' for bits in spread)} bits"
     )
 
 
 def _print_figures(top_k: int, records: list[Record], vocab_size: int) -> None:
     from logitstore.shard.codec import CompactCodec, Float16Codec, Float32Codec
     from tools.benchmark.peers import measure_peers
-    from tools.benchmark.tables import print_table
 
     figures = measure_codecs(records, vocab_size, (CompactCodec(), Float16Codec(), Float32Codec()))
     peers = measure_peers(records, vocab_size, top_k)
@@ -164,7 +163,7 @@ def _print_figures(top_k: int, records: list[Record], vocab_size: int) -> None:
     print_table([*header, "of order-0 bound", "encode /s", "decode /s"], rows)
     compact = figures[0]
     parts = ", ".join(f"{name} {size:.2f}" for name, size in compact.columns.items() if size >= 0.01)
-    print(f"k = {top_k}, compact, bytes per position: {parts}\n", flush=True)
+    print_text(f"k = {top_k}, compact, bytes per position: {parts}")
 
 
 def measure_codecs(records: list[Record], vocab_size: int, codecs: tuple[object, ...]) -> list[CodecFigures]:

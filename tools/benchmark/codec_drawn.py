@@ -8,7 +8,7 @@ from logitstore.records import Record, RecordBatch
 from logitstore.shard.codec import CompactCodec, Float16Codec, Float32Codec
 from tools.benchmark.codec import measure_codecs
 from tools.benchmark.encodings import print_drawn_encodings
-from tools.benchmark.tables import print_table
+from tools.benchmark.tables import print_table, print_text
 
 
 def print_drawn(records: list[Record], vocab_size: int, method: str, *, explore: bool) -> None:
@@ -16,11 +16,10 @@ def print_drawn(records: list[Record], vocab_size: int, method: str, *, explore:
     batch = RecordBatch.from_records(records)
     assert batch.support_draws is not None
     kept, entries = int((batch.support_draws == 0).sum()), len(batch.support_ids)
-    print(
+    print_text(
         f"{batch.num_positions:,} positions, entropy {batch.entropy.mean():.2f} nats in the mean; per position "
         f"{kept / batch.num_positions:.2f} entries kept, {(entries - kept) / batch.num_positions:.2f} drawn, "
-        f"{np.exp(batch.tail_logprob).mean():.3f} of the probability drawn from\n",
-        flush=True,
+        f"{np.exp(batch.tail_logprob).mean():.3f} of the probability drawn from"
     )
     figures = measure_codecs(records, vocab_size, (CompactCodec(), Float16Codec(), Float32Codec()))
     rows = [

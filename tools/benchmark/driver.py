@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +9,7 @@ from typing import Annotated
 import typer
 
 from tools.benchmark.own_process import Measured, measure_apart
+from tools.benchmark.tables import print_heading, print_table, print_text, tell_step
 
 _STEPS = "tools.benchmark.driver_steps"
 _RAY_UNITS = 20_000
@@ -31,7 +31,6 @@ def driver(
     Example:
       logitstore benchmark driver --units 100000 --actors 500
     """
-    from tools.benchmark.tables import print_heading, print_table
 
     print_heading(f"logitstore benchmark driver --units {units} --actors {actors}", "ray", "pydantic")
     measured: dict[str, tuple[int, Measured]] = {}
@@ -39,21 +38,21 @@ def driver(
         idle = measure_apart(_STEPS, "nothing", folder, 0, 0).peak_bytes
         steps = _list_steps(units, actors, ray=ray)
         for title, step, size, count in steps:
-            print(f"{title} …", file=sys.stderr, flush=True)
+            tell_step(title)
             for old in Path(folder).iterdir():
                 old.unlink()
             measured[title] = size, measure_apart(_STEPS, step, folder, size, count)
-    print(
+    print_text(
         "Simulated: the actors, and a bucket whose listings are those of s3fs. Real: look at the store, plan, queue,\n"
         "pool, loop, progress and metrics. Peak: resident memory of a process of its own for each step, including the\n"
-        f"{idle / 2**20:.0f} MiB of a Python that has imported the driver and Ray.\n"
+        f"{idle / 2**20:.0f} MiB of a Python that has imported the driver and Ray."
     )
     header = ["step", "seconds", "of a processor", "µs per unit", "units/s", "peak MiB", "outcome"]
     print_table(header, [_build_row(title, size, run) for title, (size, run) in measured.items()])
     others = (_RESUME, steps[-1][0] if ray else _RESUME)
     slowest = max(run.processor_seconds / size for title, (size, run) in measured.items() if title not in others)
     sizes = " or ".join(f"{seconds / slowest:,.0f} actors with units of {seconds} s" for seconds in _UNIT_SECONDS)
-    print(f"By the slowest of these steps a driver's core is full with {1 / slowest:,.0f} units/s: {sizes}.")
+    print_text(f"By the slowest of these steps a driver's core is full with {1 / slowest:,.0f} units/s: {sizes}.")
 
 
 _RESUME = "resume: command to first unit, half committed"

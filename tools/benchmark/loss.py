@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import statistics
-import sys
 import time
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tools.benchmark.peak_memory import forget_peak, read_peak_bytes
+from tools.benchmark.tables import print_heading, print_table, print_text, tell_step
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -44,7 +44,9 @@ def loss(
     precision: Annotated[list[Precision] | None, typer.Option(help="Default both.")] = None,
     method: Annotated[list[str] | None, typer.Option(help="Only these rows.")] = None,
     positions: Annotated[int, typer.Option(min=16, help="N, positions of a batch.")] = 512,
-    repeats: Annotated[int, typer.Option(min=1, help="Processes for each figure, in turns.")] = 3,
+    repeats: Annotated[
+        int, typer.Option(min=1, help="Timed repetitions of each, in turns; a process for every one.")
+    ] = 3,
 ) -> None:
     """Run one forward and backward pass over a head, by every method, each in a process of its own.
 
@@ -56,23 +58,22 @@ def loss(
     """
     import torch
 
+    from logitstore.errors import ConfigError
     from tools.benchmark.loss_methods import METHODS, SUPPORT_SIZE, Case
-    from tools.benchmark.tables import print_heading
 
     if unknown := set(method or ()) - METHODS.keys():
-        raise typer.BadParameter(f"expected some of {', '.join(METHODS)}; found {', '.join(sorted(unknown))}")
+        raise ConfigError(f"--method: expected some of {', '.join(METHODS)}, found {', '.join(sorted(unknown))}")
     print_heading(
         f"logitstore benchmark loss --positions {positions} --repeats {repeats}",
         "torch",
         "trl",
         "liger-kernel",
     )
-    print(
+    print_text(
         f"Forward and backward over {positions} positions, K = {SUPPORT_SIZE}, {torch.get_num_threads()} threads. "
         "Extra memory: peak of the process over what was\nresident before the pass (hidden states, head, supports; for "
         "the dense methods the teacher's logits), so the\ngradient of the head is in it. ±: half the spread, in "
-        "percent. Ratios: ours over the row's.\n",
-        flush=True,
+        "percent. Ratios: ours over the row's."
     )
     vocab_sizes = sorted(vocab_size or (32_000, 151_936))
     for V in vocab_sizes:
@@ -85,13 +86,12 @@ def loss(
 
 
 def _print_case(case: Case, methods: list[str], repeats: int) -> None:
-    from tools.benchmark.tables import print_table
 
     runs: dict[str, list[Measured | None]] = {name: [] for name in methods}
     for _ in range(repeats):
         for name in methods:
             if None not in runs[name]:
-                print(f"V = {case.vocab_size}, D = {case.hidden_size}, {case.dtype}: {name} …", file=sys.stderr)
+                tell_step(f"V = {case.vocab_size}, D = {case.hidden_size}, {case.dtype}: {name}")
                 runs[name].append(measure(name, case))
     ours = [run for run in runs.get("ours", []) if run is not None]
     label = f"V = {case.vocab_size:,}, D = {case.hidden_size}, {str(case.dtype).removeprefix('torch.')}"
@@ -123,10 +123,9 @@ def _print_growth(case: Case) -> None:
     assert extra[1] is not None
     per_position = (extra[1].extra_bytes - extra[0].extra_bytes) / (many - few)
     hidden = case.hidden_size * case.dtype.itemsize
-    print(
+    print_text(
         f"From {few:,} to {many:,} positions ours takes {per_position:,.0f} bytes more per position: the gradient of a "
-        f"hidden state is {hidden:,}, a support {SUPPORT_SIZE * 12:,}.\n",
-        flush=True,
+        f"hidden state is {hidden:,}, a support {SUPPORT_SIZE * 12:,}."
     )
 
 

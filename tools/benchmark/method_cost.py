@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tools.benchmark.arguments import check_device
+from tools.benchmark.tables import print_heading, print_table, print_text
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -33,8 +36,8 @@ def method_cost(
     vocab_size: Annotated[list[int] | None, typer.Option(help="V; default 32,000 and 128,256.")] = None,
     hidden_size: Annotated[list[int] | None, typer.Option(help="D of the heads; default 1024 and 4096.")] = None,
     positions: Annotated[int, typer.Option(min=1, help="At once.")] = 128,
-    repeats: Annotated[int, typer.Option(min=1, help="Of every row, in turns.")] = 7,
-    device: Annotated[str, typer.Option(help="Where torch runs: cpu, or cuda.")] = "cpu",
+    repeats: Annotated[int, typer.Option(min=1, help="Timed repetitions of each, in turns.")] = 7,
+    device: Annotated[str, typer.Option(help="Device of torch: cpu or cuda.")] = "cpu",
 ) -> None:
     """Cut the same logits to supports by top_k, sample and head_tail, beside the head that makes logits.
 
@@ -47,14 +50,12 @@ def method_cost(
     """
     import torch
 
-    from tools.benchmark.tables import print_heading, print_table
-
+    check_device(device)
     print_heading(f"logitstore benchmark method-cost --positions {positions} --repeats {repeats}", "torch")
-    print(
+    print_text(
         f"{positions} positions of float32 logits on {device}, {torch.get_num_threads()} threads. ±: half the spread, "
         "in percent. Ratios: the row's time over\nthat of top_k, and over that of the product of hidden states and "
-        "head that makes such logits.\n",
-        flush=True,
+        "head that makes such logits."
     )
     for V in sorted(vocab_size or (32_000, 128_256)):
         sizes = tuple(sorted(hidden_size or (1024, 4096)))

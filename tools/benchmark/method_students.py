@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from logitstore.teacher.draws import DrawKeys, build_draw_key
 from logitstore.teacher.protocol import HeadTailMethod, Method, SampleMethod, TopKMethod
 from logitstore.teacher.sparsify import SparseRows, sparsify
+from tools.benchmark.tables import tell_step
 from tools.quickstart.corpus import build_stdlib_root, is_held_out, read_sources
 from tools.quickstart.run import TEACHER
 from trainer.batch import TrainBatch
@@ -136,7 +136,7 @@ def teach(
             evaluate_pupils(pupils, teacher, held_out, school, positions=(step + 1) * school.sequences * LENGTH)
             on_evaluation(list_outcomes(pupils, entries, step + 1))
         if (step + 1) % 25 == 0:
-            print(f"step {step + 1}/{school.steps}, {time.monotonic() - started:,.0f} s", file=sys.stderr, flush=True)
+            tell_step(f"step {step + 1} of {school.steps}, {time.monotonic() - started:,.0f} s")
     return list_outcomes(pupils, entries, school.steps)
 
 

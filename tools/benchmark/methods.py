@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tools.benchmark.arguments import check_multiple
+from tools.benchmark.tables import print_heading, print_table, print_text
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -39,10 +42,8 @@ def methods(
       logitstore benchmark methods --steps 100 --seeds 1
     """
     from tools.benchmark.method_students import LENGTH, LESSONS, School, build_pupil, load_teacher_config, teach
-    from tools.benchmark.tables import print_heading
 
-    if width % 16:
-        raise typer.BadParameter(f"--width: expected a multiple of 16, found {width}")
+    check_multiple("--width", width, of=16)
     school = School(
         steps=steps,
         sequences=sequences,
@@ -56,11 +57,10 @@ def methods(
     positions = steps * sequences * LENGTH
     command = f"logitstore benchmark methods --steps {steps} --sequences {sequences} --width {width} --layers {layers}"
     print_heading(f"{command} --learning-rate {learning_rate:g} --seeds {seeds}", "torch", "transformers")
-    print(
+    print_text(
         f"Teacher: the quickstart's, 5.5 million parameters, 4,096 ids. Students: {parameters:,} parameters, "
         f"{positions:,} positions, {positions / parameters:.0f} per parameter.\n{seeds} seeds, ± their standard "
-        f"deviation; all students see the same batches. Held out: {held_out_positions:,} positions.\n",
-        flush=True,
+        f"deviation; all students see the same batches. Held out: {held_out_positions:,} positions."
     )
     outcomes = teach(LESSONS, range(seeds), school, lambda found: write_outcomes(found, results))
     print_outcomes(outcomes)
@@ -79,7 +79,6 @@ def write_outcomes(outcomes: Sequence[Outcome], file: Path | None) -> None:
 def print_outcomes(outcomes: Sequence[Outcome]) -> None:
     """A row per lesson, from the last evaluation: mean over seeds ± standard deviation."""
     from tools.benchmark.method_students import compute_share_of_full
-    from tools.benchmark.tables import print_table
 
     lessons = list(dict.fromkeys(outcome.lesson for outcome in outcomes))
     final = {lesson: [o.history[-1][1] for o in outcomes if o.lesson == lesson] for lesson in lessons}
@@ -116,7 +115,7 @@ def print_outcomes(outcomes: Sequence[Outcome]) -> None:
     )
     teacher_loss = final[lessons[0]][0].teacher_lm_loss
     assert teacher_loss is not None  # it was computed here
-    print(f"The teacher's own LM loss is {teacher_loss:.3f}.\n")
+    print_text(f"The teacher's own LM loss is {teacher_loss:.3f}.")
 
 
 def format_spread(figures: Sequence[float | None], digits: int) -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from tools.benchmark.arguments import check_folder
 from tools.benchmark.own_process import measure_apart
+from tools.benchmark.tables import print_heading, print_table, print_text, tell_step
 
 _STEPS = "tools.benchmark.scale_steps"
 # Of what takes seconds; the others are run once.
@@ -29,16 +30,17 @@ def scale(
     Example:
       logitstore benchmark scale --units 100000
     """
-    from tools.benchmark.tables import print_heading
 
+    if folder is not None:
+        check_folder(folder)
     command = f"logitstore benchmark scale --units {units} --row-groups {row_groups}"
     print_heading(command, "pyarrow", "pydantic", "numpy")
     idle = measure_apart(_STEPS, "nothing", ".", 0).peak_bytes / 2**20
-    print(
+    print_text(
         "Simulated: the corpus files (only named), what the commits say, and the shards, which are sparse files of\n"
         f"the right size without a byte in them. Real: {units:,} commit files and as many data files on a local disk\n"
         "(pages cached), plan, manifests and all code. Peak: resident memory of a process of its own for each step,\n"
-        f"including the {idle:.0f} MiB of a Python that has imported pyarrow and pydantic.\n"
+        f"including the {idle:.0f} MiB of a Python that has imported pyarrow and pydantic."
     )
     if folder is not None:
         _measure_all(folder, units, row_groups)
@@ -51,7 +53,6 @@ def _measure_all(folder: Path, units: int, row_groups: int) -> None:
     from logitstore.store.files import StoreFiles
     from logitstore.store.plan import read_plan
     from tools.benchmark.simulated_store import write_units
-    from tools.benchmark.tables import print_table
 
     new = max(1, units // 1000)
     rows = [_run("plan a corpus, create plan.json", "plan", folder, units)]
@@ -78,7 +79,7 @@ def _measure_all(folder: Path, units: int, row_groups: int) -> None:
 
 def _run(title: str, step: str, folder: Path, units: int, repeats: int = 1) -> list[str]:
     """A row of the table: the median, with half the spread of the repetitions."""
-    print(f"{title} …", file=sys.stderr, flush=True)
+    tell_step(title)
     runs = sorted((measure_apart(_STEPS, step, folder, units) for _ in range(repeats)), key=lambda run: run.seconds)
     median = runs[len(runs) // 2]
     spread = f" ±{(runs[-1].seconds - runs[0].seconds) / 2:.1f}" if repeats > 1 else ""

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tools.benchmark.tables import print_heading, print_table
+
 if TYPE_CHECKING:
     from logitstore.store.files import StoreFiles
 
@@ -36,7 +38,7 @@ class Access:
 def storage(
     url: Annotated[str, typer.Option(help="A folder that may be written to; what is put there is deleted again.")],
     megabytes: Annotated[int, typer.Option(min=1, help="Size of the shard that is put and read, in MiB.")] = 64,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed repetitions of each access.")] = 7,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed repetitions of each, in turns.")] = 7,
 ) -> None:
     """Time uploads, whole reads, range reads and small reads on a storage of yours.
 
@@ -48,7 +50,6 @@ def storage(
       logitstore benchmark storage --url s3://bucket/scratch
     """
     from logitstore.store.files import StoreFiles
-    from tools.benchmark.tables import print_heading
 
     files = StoreFiles(f"{url.rstrip('/')}/benchmark-{uuid.uuid4().hex}")
     command = f"logitstore benchmark storage --megabytes {megabytes} --repeats {repeats}"
@@ -71,7 +72,6 @@ def _cleaned_up(files: StoreFiles) -> Iterator[None]:
 
 
 def _measure(files: StoreFiles, shard: Path, repeats: int) -> None:
-    from tools.benchmark.tables import print_table
     from tools.benchmark.timing import Timing, time_in_turns
 
     size = shard.stat().st_size

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tools.benchmark.arguments import check_folder
+from tools.benchmark.tables import print_heading, print_table, print_text
+
 if TYPE_CHECKING:
     from logitstore.records import Record
 
@@ -44,7 +47,7 @@ def stream(
     ] = 2048,
     base_records: Annotated[int, typer.Option(min=1, help="True synthetic records that these are varied from.")] = 8,
     batch: Annotated[int, typer.Option(min=1, help="Records of a global batch.")] = 32,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed repetitions of each reader, in turns.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed repetitions of each, in turns.")] = 5,
     peers_python: Annotated[
         Path | None,
         typer.Option(
@@ -53,7 +56,7 @@ def stream(
     ] = None,
     url: Annotated[
         str | None,
-        typer.Option(help="A folder on a storage to stream from as well; what is put there is deleted again."),
+        typer.Option(help="A folder that may be written to; what is put there is deleted again."),
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads that read from that storage.")] = 4,
     folder: Annotated[Path | None, typer.Option(help="An empty folder to work in, instead of a temporary one.")] = None,
@@ -68,9 +71,10 @@ def stream(
       logitstore benchmark stream --peers-python peers/bin/python
       logitstore benchmark stream --part storage --top-k 64 --url s3://bucket/scratch
     """
-    from tools.benchmark.tables import print_heading
 
     parts = part or list(Part)
+    if folder is not None:
+        check_folder(folder)
     command = f"logitstore benchmark stream --records {records} --batch {batch} --repeats {repeats}"
     print_heading(
         " ".join([command, *(f"--part {name}" for name in part or ()), *(f"--top-k {k}" for k in top_k or ())]),
@@ -125,7 +129,6 @@ def print_throughput(
     from logitstore.store.files import StoreFiles
     from tools.benchmark.stream_records import write_store
     from tools.benchmark.stream_throughput import HEADER, build_ratio_row, measure_throughput
-    from tools.benchmark.tables import print_table
 
     num_records, positions = np.load(arrays / "entropy.npy", mmap_mode="r").shape
     slots = np.load(arrays / "support_ids.npy", mmap_mode="r").shape[1] // positions
@@ -137,14 +140,13 @@ def print_throughput(
     if peers_python is not None:
         rows += [build_ratio_row(ours, readers) for ours in readers if not ours.is_peer]
     else:
-        print("mosaicml-streaming and litdata: not measured; --peers-python names no environment that has them\n")
+        print_text("mosaicml-streaming and litdata: not measured; --peers-python names no environment that has them")
     print_table([f"k = {slots}, {num_records:,} records of {positions:,} positions", *HEADER], rows)
 
 
 def print_order() -> None:
     """Time and memory of the order of a hundred million sequences."""
     from tools.benchmark.stream_processes import Figure, run_step
-    from tools.benchmark.tables import print_table
 
     rows = []
     for records_per_row_group in _RECORDS_PER_ROW_GROUP:
@@ -160,7 +162,6 @@ def print_shuffle() -> None:
     """Chi-square of the sources in batches, and in runs of batches, beside batches drawn at random."""
     from tools.benchmark.shuffle_quality import STEPS_OF_A_RUN
     from tools.benchmark.stream_processes import run_step
-    from tools.benchmark.tables import print_table
 
     rows = []
     for batch in _BATCHES:
@@ -173,7 +174,6 @@ def print_shuffle() -> None:
 def print_ranks(store: Path) -> None:
     """Row groups that all ranks of a job read, to those that there are: of a store, and of a larger one's order."""
     from tools.benchmark.stream_processes import run_step
-    from tools.benchmark.tables import print_table
 
     rows = []
     for world_size in _WORLD_SIZES:
@@ -189,10 +189,9 @@ def print_storage(store: Path, url: str | None, batch: int, repeats: int, thread
     import uuid
 
     from tools.benchmark.stream_storage import copied_store, measure_storage
-    from tools.benchmark.tables import print_table
 
     if url is None:
-        print("storage: not measured; --url names none\n")
+        print_text("storage: not measured; --url names none")
         return
     with copied_store(str(store), f"{url.rstrip('/')}/benchmark-{uuid.uuid4().hex}") as copy:
         rates = measure_storage(copy, batch=batch, threads=threads, repeats=repeats)

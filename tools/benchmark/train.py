@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -13,6 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from tools.benchmark.arguments import check_device, check_loss
+from tools.benchmark.tables import print_heading, print_table, print_text, tell_step
 
 if TYPE_CHECKING:
     from tools.benchmark.train_steps import Case, Measured
@@ -40,7 +42,7 @@ def train(
     part: Annotated[
         list[Part] | None, typer.Option(help="What to measure; may be given again. All by default.")
     ] = None,
-    vocab_size: Annotated[int, typer.Option(min=100, help="V.")] = 32_000,
+    vocab_size: Annotated[int, typer.Option(min=100, help="V, size of the vocabulary.")] = 32_000,
     top_k: Annotated[int, typer.Option(min=1, help="Slots of a position.")] = 64,
     length: Annotated[int, typer.Option(min=8, max=1024, help="T, positions of a sequence.")] = 512,
     sequences: Annotated[int, typer.Option(min=1, help="Sequences of a step.")] = 4,
@@ -49,9 +51,9 @@ def train(
     layers: Annotated[int, typer.Option(min=2, help="Of the student; a second one of a sweep has half of them.")] = 7,
     loss: Annotated[str, typer.Option(help="Kind of the distillation term.")] = "bucket_kl",
     precision: Annotated[Precision, typer.Option(help="bfloat16 is autocast.")] = Precision.float32,
-    device: Annotated[str | None, typer.Option(help="Of torch; a GPU where there is one by default.")] = None,
+    device: Annotated[str | None, typer.Option(help="Device of torch; a GPU where there is one otherwise.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Timed steps of a repetition.")] = 4,
-    repeats: Annotated[int, typer.Option(min=1, help="Repetitions of each, in turns.")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed repetitions of each, in turns.")] = 3,
 ) -> None:
     """Train one student from a store on a local disk, and as a plain language model on the same tokens in memory.
 
@@ -63,9 +65,10 @@ def train(
     Example:
       logitstore benchmark train --hidden-size 512 --layers 12
     """
-    from tools.benchmark.tables import print_heading
     from tools.benchmark.train_steps import Case, write_train_store
 
+    check_loss(loss)
+    check_device(device)
     parts = part or list(Part)
     print_heading(
         " ".join(
@@ -129,7 +132,7 @@ def measure_in_turns(alternatives: Mapping[str, Callable[[], Measured]], repeats
     found: dict[str, list[Measured]] = {name: [] for name in alternatives}
     for turn in range(repeats):
         for name, run in alternatives.items():
-            print(f"turn {turn + 1} of {repeats}: {name} …", file=sys.stderr)
+            tell_step(f"turn {turn + 1} of {repeats}: {name}")
             with contextlib.redirect_stderr(None):  # transformers' bars
                 found[name].append(run())
     return found
@@ -139,14 +142,12 @@ def print_found(case: Case, parts: list[Part], found: Mapping[str, list[Measured
     """The tables of what was measured."""
     import torch
 
-    from tools.benchmark.tables import print_table
     from tools.benchmark.train_steps import count_parameters
 
-    print(
+    print_text(
         f"{case.steps} steps of {case.sequences} sequences of {case.length} positions in micro-batches of "
         f"{case.micro_batch_sequences}, {torch.get_num_threads()} threads. The clock starts with the first batch.\n"
-        "±: half the spread, in percent.\n",
-        flush=True,
+        "±: half the spread, in percent."
     )
     parameters = count_parameters(case) / 1e6
     if Part.step in parts:

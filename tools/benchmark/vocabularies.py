@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tools.benchmark.arguments import check_multiple, check_quickstart
+from tools.benchmark.tables import print_heading, print_table, print_text
+
 if TYPE_CHECKING:
     from trainer.config import TrainSettings
     from trainer.evaluation import Evaluation
@@ -26,7 +29,7 @@ _LESSONS: tuple[tuple[str, bool, dict[str, Any]], ...] = (
 
 
 def vocabularies(
-    quickstart: Annotated[Path, typer.Argument(help="Folder that `logitstore quickstart` has left.")],
+    quickstart: Annotated[Path, typer.Argument(metavar="FOLDER", help="What 'logitstore quickstart' has left.")],
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of every student.")] = 300,
     sequences: Annotated[int, typer.Option(min=1, help="Sequences of 256 positions of the teacher's per step.")] = 8,
     vocab_size: Annotated[int, typer.Option(min=300, help="Ids of the students' own tokenizer.")] = 1000,
@@ -45,10 +48,9 @@ def vocabularies(
     Example:
       logitstore benchmark vocabularies runs/quickstart
     """
-    from tools.benchmark.tables import print_heading, print_table
 
-    if width % 16:
-        raise typer.BadParameter(f"--width: expected a multiple of 16, found {width}")
+    check_multiple("--width", width, of=16)
+    check_quickstart(quickstart)
     command = (
         f"logitstore benchmark vocabularies runs/quickstart --steps {steps} --sequences {sequences} --vocab-size "
         f"{vocab_size} --width {width} --layers {layers} --weight {weight:g} --seeds {seeds}"
@@ -76,7 +78,7 @@ def vocabularies(
         ],
     )
     teacher = next(iter(found.values()))[0].teacher_bits_per_byte
-    print(f"The teacher itself: {teacher:.3f} bits per byte.\n")
+    print_text(f"The teacher itself: {teacher:.3f} bits per byte.")
 
 
 def train_tokenizer(corpus: Path, vocab_size: int, folder: Path) -> Path:

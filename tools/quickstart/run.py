@@ -45,6 +45,18 @@ class QuickstartResult:
     distilled: Evaluation
     seconds: float
 
+    def describe(self) -> dict[str, object]:
+        """Plain values."""
+        return {
+            "folder": str(self.folder),
+            "report": str(self.report),
+            "store": str(self.folder / "store"),
+            "positions": self.positions,
+            "text_only": self.text_only.to_json(),
+            "distilled": self.distilled.to_json(),
+            "seconds": self.seconds,
+        }
+
 
 def run_quickstart(
     folder: Path,
@@ -52,6 +64,7 @@ def run_quickstart(
     console: Console,
     overwrite: bool = False,
     steps: int | None = None,
+    quiet: bool = False,
     train_bytes: int = TRAIN_BYTES,
     held_out_bytes: int = HELD_OUT_BYTES,
 ) -> QuickstartResult:
@@ -62,6 +75,7 @@ def run_quickstart(
         console: where the session is printed.
         overwrite: delete what an earlier quickstart left in the folder.
         steps: of both students, for a shorter run; what `train.yaml` says by default.
+        quiet: no progress on stderr.
         train_bytes, held_out_bytes: text to learn from and to evaluate on.
     Raises:
         ConfigError: the folder is not empty and no earlier quickstart's.
@@ -76,7 +90,7 @@ def run_quickstart(
     console.print(f"  {documents['train']} documents to learn from, {documents['held_out']} held out")
 
     _title(console, 2, "Capture", "two Ray actors run the teacher once and write its distributions")
-    capture = _capture(folder)
+    capture = _capture(folder, quiet=quiet)
     store = LogitStore.open(str(folder / "store"))
     _print_store(console, store, capture)
 
@@ -145,7 +159,7 @@ def _title(console: Console, number: int, name: str, what: str) -> None:
     console.print(f"\n[bold]{number}. {name}[/bold]  [dim]{what}[/dim]", highlight=False)
 
 
-def _capture(folder: Path) -> CaptureReport:
+def _capture(folder: Path, *, quiet: bool) -> CaptureReport:
     values = yaml.safe_load((HERE / "capture.yaml").read_text(encoding="utf-8"))
     values["store"] = str(folder / "store")
     values["teacher"]["model"] = str(TEACHER)
@@ -156,7 +170,7 @@ def _capture(folder: Path) -> CaptureReport:
     report = report_finished_capture(settings)
     if report is None:
         with connect(None, num_cpus=2):
-            report = run_capture(settings)
+            report = run_capture(settings, quiet=quiet)
     if report.quarantined_units:
         raise CaptureError(
             f"{values['store']}: units {report.quarantined_units} were set aside; run 'logitstore status'"
