@@ -8,7 +8,7 @@ from logitstore.corpus.documents import DeadLetter
 from logitstore.settings import Settings
 from logitstore.store.commit import build_commit_path, parse_commit
 from tools.look import build_table, format_count
-from tools.opened_store import open_store
+from tools.opened_store import open_readable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -21,11 +21,15 @@ class ListedDeadLetter(DeadLetter):
 
 
 class DeadLetterList(Settings):
-    """Dead letters of a store: how many by reason, and those that the commits list (up to 1,000 of every unit)."""
+    """Dead letters of a store: how many by reason, and those that the commits list (up to 1,000 of every unit).
+
+    `unreadable` says what is damaged and not counted, a line each.
+    """
 
     store: str
     counts: dict[str, int]
     dead_letters: tuple[ListedDeadLetter, ...]
+    unreadable: tuple[str, ...]
 
 
 def read_dead_letters(url: str, manifest: int | None = None) -> DeadLetterList:
@@ -34,7 +38,7 @@ def read_dead_letters(url: str, manifest: int | None = None) -> DeadLetterList:
     Raises:
         StoreNotFoundError, IncompatibleStoreError, CorruptShardError: there is no store, or it cannot be read.
     """
-    opened = open_store(url, manifest)
+    opened = open_readable(url, manifest)
     units = opened.store.manifest.read_units("unit", "documents", "recorded_documents")
     with_some = [
         unit
@@ -53,7 +57,9 @@ def read_dead_letters(url: str, manifest: int | None = None) -> DeadLetterList:
         for letter in parse_commit(data, f"{url}/{path}").dead_letters
     ]
     counts = opened.store.compute_statistics().dead_letters
-    return DeadLetterList(store=opened.store.url, counts=counts, dead_letters=tuple(letters))
+    return DeadLetterList(
+        store=opened.store.url, counts=counts, dead_letters=tuple(letters), unreadable=opened.unreadable
+    )
 
 
 def render_dead_letters(letters: DeadLetterList) -> list[RenderableType]:

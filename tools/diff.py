@@ -82,8 +82,9 @@ def check_distances(diff: StoreDiff, *, max_kl: float | None, min_agreement: flo
     if max_kl is not None and (distances.infinite or distances.kl > max_kl):
         infinite = f", and {distances.infinite:,} positions where it is infinite" if distances.infinite else ""
         found.append(f"a mean KL up to {max_kl:g} nats, found {distances.kl:.3g}{infinite}")
-    if min_agreement is not None and distances.agreement < min_agreement:
-        found.append(f"one likeliest token at {min_agreement:.1%} of positions, found {distances.agreement:.1%}")
+    if min_agreement is not None and (distances.agreement is None or distances.agreement < min_agreement):
+        share = "a store that keeps other tokens" if distances.agreement is None else f"{distances.agreement:.1%}"
+        found.append(f"one likeliest token at {min_agreement:.1%} of positions, found {share}")
     if not distances.positions and (max_kl, min_agreement) != (None, None):
         found = ["positions with kept tokens in both stores, found none"]
     if found:

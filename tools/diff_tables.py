@@ -56,17 +56,27 @@ def _build_distances(diff: StoreDiff) -> Table:
         return build_facts(facts)
     if distances.positions < diff.positions_taught:
         facts.append(("", f"{format_count(distances.positions)} of them with kept tokens in both stores"))
-    quantiles = ", ".join(f"{100 * float(share):g}%: {end:.2g}" for share, end in diff.kl_quantiles.items())
+    quantiles = ", ".join(f"{100 * float(share):g}%: {show_kl(end)}" for share, end in diff.kl_quantiles.items())
     facts += [
         ("KL", f"{distances.kl:.3g} nats at least, second from first; {distances.reverse_kl:.3g} first from second"),
         ("", f"no more than, of positions: {quantiles}"),
         ("variation", f"{distances.total_variation:.3g} at least, half the sum of |p − q|"),
-        ("same first", f"{format_share(distances.agreement)} of positions have one likeliest token"),
+        ("same first", describe_agreement(distances.agreement, "{} of positions have one likeliest token")),
     ]
     if distances.infinite:
         what = "where one store holds impossible what the other does not; not in the means"
         facts.append(("infinite", f"{count_things(distances.infinite, 'position')} {what}"))
     return build_facts(facts)
+
+
+def show_kl(nats: float | None) -> str:
+    """A KL to two digits; None is infinite."""
+    return "∞" if nats is None else f"{nats:.2g}"
+
+
+def describe_agreement(share: float | None, text: str) -> str:
+    """The share of positions with one likeliest token, in a text; None is unknown, for other tokens were kept."""
+    return "unknown" if share is None else text.format(format_share(share))
 
 
 def _build_row(distances: Distances) -> tuple[str, ...]:
@@ -75,7 +85,7 @@ def _build_row(distances: Distances) -> tuple[str, ...]:
         f"{distances.kl:.3g}",
         f"{distances.reverse_kl:.3g}",
         f"{distances.total_variation:.3g}",
-        format_share(distances.agreement),
+        describe_agreement(distances.agreement, "{}"),
     )
 
 
@@ -83,7 +93,7 @@ def _build_positions(diff: StoreDiff) -> Table:
     rows = [
         (
             f"{entry.record}:{entry.first.position}",
-            "∞" if entry.kl is None else f"{entry.kl:.2g}",
+            show_kl(entry.kl),
             _build_context(entry),
             _build_candidates(entry.first),
             _build_candidates(entry.second),

@@ -84,6 +84,8 @@ def check_page_path(path: Path, option: str) -> None:
     """
     if not path.parent.is_dir():
         raise ConfigError(f"{option}: {path}: expected a folder to write it in, found none; make it first")
+    if path.is_dir():
+        raise ConfigError(f"{option}: {path}: expected a file, found a folder; name a page in it")
     if path.exists() and not path.read_bytes()[:15].lower().startswith(b"<!doctype html>"):
         raise ConfigError(f"{option}: {path}: expected a new file or an earlier page, found another; choose a name")
 

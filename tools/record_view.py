@@ -10,7 +10,7 @@ import numpy as np
 from logitstore.records import Record
 from logitstore.settings import Settings
 from logitstore.teacher.protocol import TeacherIdentity
-from tools.opened_store import open_store
+from tools.opened_store import open_readable
 from tools.position_filter import PositionFilter
 from tools.record_choice import FIRST_POSITIONS, find_record, parse_positions
 from tools.token_text import FindText, load_find_text
@@ -98,12 +98,13 @@ class RecordView(Settings):
         searched: positions that a filter was held to, and of which `positions` are the first that pass; None without.
         found: how many of them pass; None likewise.
         mean_entropy, teacher_loss: nats, over the whole record; tokens held impossible are left out of the loss;
-            None where they are unknown.
+            None where they are unknown, the loss also where all tokens are.
         documents: that the record is made of.
         tokenizer: name of the tokenizer that made the text, None where there is none.
         tokenizer_trouble: why there is none.
         text: of the positions asked for, from the first one's token to the last one's next token.
         positions: those asked for.
+        unreadable: what of the store is damaged, a line each; records were counted without it.
     """
 
     store: str
@@ -119,6 +120,7 @@ class RecordView(Settings):
     tokenizer_trouble: str | None
     text: tuple[TextPiece, ...]
     positions: tuple[PositionView, ...]
+    unreadable: tuple[str, ...] = ()
 
 
 def read_record_view(
@@ -131,7 +133,7 @@ def read_record_view(
     tokenizer: str | None = None,
     only: PositionFilter | None = None,
 ) -> RecordView:
-    """Read one record and put its signal into words.
+    """Read one record and put its signal into words; of a damaged store too, where the record is whole.
 
     Args:
         url: of the store.
@@ -147,7 +149,8 @@ def read_record_view(
         StoreNotFoundError: there is no store, or no such record.
         CorruptShardError: the record's bytes are damaged.
     """
-    store = open_store(url, manifest).store
+    opened = open_readable(url, manifest)
+    store = opened.store
     found = find_record(store, record)
     plan = store.plan
     return build_record_view(
@@ -160,7 +163,7 @@ def read_record_view(
         top=top,
         tokenizer=tokenizer,
         only=only,
-    )
+    ).model_copy(update={"unreadable": opened.unreadable})
 
 
 def build_record_view(
@@ -189,8 +192,7 @@ def build_record_view(
         listed = only.find(record, chosen, None if trouble is not None else find_text)
         num_found = len(listed)
         listed = listed[:FIRST_POSITIONS] if positions is None else listed
-    logprobs = record.signal.next_token_logprob.astype(np.float64)
-    possible = logprobs[np.isfinite(logprobs)]
+    losses = -record.signal.next_token_logprob.astype(np.float64)
     return RecordView(
         store=url,
         address=str(record.address),
@@ -198,8 +200,8 @@ def build_record_view(
         num_positions=record.num_positions,
         searched=None if only is None else len(chosen),
         found=num_found,
-        mean_entropy=None if "entropy" in unknown else float(record.signal.entropy.mean(dtype=np.float64)),
-        teacher_loss=None if "next_token_logprob" in unknown else float(-possible.mean()) if len(possible) else 0.0,
+        mean_entropy=None if "entropy" in unknown else _find_mean(record.signal.entropy.astype(np.float64)),
+        teacher_loss=None if "next_token_logprob" in unknown else _find_mean(losses[~np.isinf(losses)]),
         documents=tuple(
             DocumentPart(document_id=d.document_id, start=d.start, document_offset=d.document_offset, label=d.label)
             for d in record.documents
@@ -209,6 +211,11 @@ def build_record_view(
         text=tuple(cut_text(record, chosen, find_text)),
         positions=tuple(view_position(record, position, find_text, top) for position in listed),
     )
+
+
+def _find_mean(values: np.ndarray) -> float | None:
+    """None where there are no values, or one is not known."""
+    return None if not len(values) or np.isnan(values).any() else float(values.mean())
 
 
 def view_position(record: Record, position: int, find_text: FindText, top: int) -> PositionView:

@@ -47,7 +47,7 @@ def read_shard_record_view(
         url=url,
         source=None if plan is None else plan.build_unit_table().source_of(found.address.unit, plan.files),
         teacher=None if plan is None else plan.teacher,
-        unknown=() if plan is None else plan.unknown_scalars,
+        unknown=header.unknown_scalars,
         top=top,
         tokenizer=tokenizer,
         only=only,

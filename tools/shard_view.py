@@ -43,6 +43,7 @@ class ShardView(Settings):
     row_groups: int
     positions: int
     support_entries: int
+    mean_support: float
     bytes_per_position: float
     columns: tuple[ColumnFigures, ...]
 
@@ -69,7 +70,7 @@ def open_shard(url: str) -> OpenedShard:
     """
     folder, _, name = url.rpartition("/")
     files = StoreFiles(folder or ("/" if url.startswith("/") else "."))
-    size = next((file.bytes for file in files.list("") if file.name == name), None)
+    size = files.find_bytes(name)
     if size is None:
         raise StoreNotFoundError(f"{url}: expected a shard, found no such file; check the path")
     length = int.from_bytes(files.read(name, max(0, size - _CLOSING_BYTES), size)[:4], "little")
@@ -102,6 +103,7 @@ def read_shard_view(url: str) -> ShardView:
         row_groups=metadata.num_row_groups,
         positions=positions,
         support_entries=values["support_ids"],
+        mean_support=values["support_ids"] / max(1, positions),
         bytes_per_position=size / max(1, positions),
         columns=tuple(columns),
     )
@@ -139,8 +141,9 @@ def render_shard_view(shard: ShardView) -> list[RenderableType]:
             ("codec", header.codec.kind),
             ("supports", "partly or wholly drawn, see support_draws" if header.is_drawn else "the likeliest ids"),
             ("records", f"{format_count(shard.records)} in {format_count(shard.row_groups)} row groups"),
-            ("positions", f"{format_count(shard.positions)}, {format_count(shard.support_entries)} support entries"),
-            ("bytes", f"{format_bytes(shard.bytes)}, {shard.bytes_per_position:.1f} per position"),
+            ("positions", format_count(shard.positions)),
+            ("bytes", f"{format_bytes(shard.bytes)}, everything included"),
+            ("per position", f"{shard.bytes_per_position:.1f} bytes, {shard.mean_support:.1f} support entries"),
         ]
     )
     rows = [

@@ -23,6 +23,7 @@ from tools.token_text import FindText, load_find_text
 _SHARES = (0.5, 0.9, 0.99, 0.999)
 # Of the histogram that quantiles are read from: 1e-9 to 1e3 nats in steps of 12%.
 _BINS_PER_DECADE, _FIRST_DECADE, _LAST_DECADE = 20, -9, 3
+_INFINITE_BIN = (_LAST_DECADE - _FIRST_DECADE) * _BINS_PER_DECADE + 1
 _CONTEXT_POSITIONS = 12
 _CANDIDATES = 3
 
@@ -57,7 +58,8 @@ class Distances(Settings):
         kl, reverse_kl: nats, the means of KL(first ‖ second) and KL(second ‖ first) over positions where it is finite.
         infinite: positions where either is not.
         total_variation: the mean.
-        agreement: share of positions at which both hold the same token likeliest.
+        agreement: share of positions at which both hold the same token likeliest; None where a store keeps other
+            tokens than the likeliest.
     """
 
     positions: int
@@ -65,7 +67,7 @@ class Distances(Settings):
     reverse_kl: float
     infinite: int
     total_variation: float
-    agreement: float
+    agreement: float | None
 
 
 class DifferentPosition(Settings):
@@ -93,7 +95,7 @@ class StoreDiff(Settings):
         records: that were compared.
         positions_taught: of these records, in both.
         distances: over all of them.
-        kl_quantiles: nats, by share of positions, to 12%.
+        kl_quantiles: nats, by share of positions, to 12%; None where that is infinite.
         sources: distances by corpus source.
         most_different: the positions of the largest KL, largest first.
         tokenizer_trouble: why there is no text, where there is none.
@@ -104,7 +106,7 @@ class StoreDiff(Settings):
     records: int
     positions_taught: int
     distances: Distances
-    kl_quantiles: dict[str, float]
+    kl_quantiles: dict[str, float | None]
     sources: dict[str, Distances]
     most_different: tuple[DifferentPosition, ...]
     tokenizer_trouble: str | None
@@ -140,6 +142,7 @@ def compare_stores(
     find_text, trouble = load_find_text(name, teacher, may_fetch=tokenizer is not None)
     plan = aligned.stores[0].plan
     units = plan.build_unit_table()
+    is_likeliest_kept = all(store.plan.is_likeliest_kept for store in aligned.stores)
     sums, by_source = _Sums(), dict[str, _Sums]()
     most_different = _MostDifferent(top, find_text)
     chosen = choose_row_groups(aligned.row_group_records, max_records)
@@ -162,9 +165,9 @@ def compare_stores(
         second=second,
         records=records,
         positions_taught=sums.taught,
-        distances=sums.build(),
+        distances=sums.build(is_likeliest_kept=is_likeliest_kept),
         kl_quantiles=sums.find_quantiles(),
-        sources={source: one.build() for source, one in sorted(by_source.items())},
+        sources={source: one.build(is_likeliest_kept=is_likeliest_kept) for source, one in sorted(by_source.items())},
         most_different=most_different.list_views(),
         tokenizer_trouble=trouble,
     )
@@ -212,9 +215,7 @@ class _Sums:
     total_variation: _Mean = field(default_factory=_Mean)
     losses: tuple[_Mean, _Mean] = field(default_factory=lambda: (_Mean(), _Mean()))
     entropies: tuple[_Mean, _Mean] = field(default_factory=lambda: (_Mean(), _Mean()))
-    histogram: np.ndarray = field(
-        default_factory=lambda: np.zeros((_LAST_DECADE - _FIRST_DECADE) * _BINS_PER_DECADE + 1, dtype=np.int64)
-    )
+    histogram: np.ndarray = field(default_factory=lambda: np.zeros(_INFINITE_BIN + 1, dtype=np.int64))
 
     def add(self, batch: AlignedBatch, differences: SignalDifferences) -> None:
         taught = batch.loss_mask
@@ -232,27 +233,29 @@ class _Sums:
         self.total_variation.add(differences.total_variation[chosen])
         with np.errstate(divide="ignore"):
             places = np.ceil((np.log10(kl) - _FIRST_DECADE) * _BINS_PER_DECADE)
-        self.histogram += np.bincount(
-            np.clip(places, 0, len(self.histogram) - 1).astype(np.int64), minlength=len(self.histogram)
-        )
+        bins = np.where(np.isinf(kl), _INFINITE_BIN, np.clip(places, 0, _INFINITE_BIN - 1))
+        self.histogram += np.bincount(bins.astype(np.int64), minlength=len(self.histogram))
 
-    def build(self) -> Distances:
+    def build(self, *, is_likeliest_kept: bool) -> Distances:
         return Distances(
             positions=self.positions,
             kl=self.kl.value or 0.0,
             reverse_kl=self.reverse_kl.value or 0.0,
             infinite=self.infinite,
             total_variation=self.total_variation.value or 0.0,
-            agreement=self.agreements / max(1, self.positions),
+            agreement=self.agreements / max(1, self.positions) if is_likeliest_kept else None,
         )
 
-    def find_quantiles(self) -> dict[str, float]:
-        """Upper ends of the bins that the quantiles fall into; 0 for the lowest bin."""
+    def find_quantiles(self) -> dict[str, float | None]:
+        """Upper ends of the bins that the quantiles fall into; 0 for the lowest bin, None for infinite ones."""
         if not self.positions:
             return {}
         places = np.searchsorted(np.cumsum(self.histogram), np.array(_SHARES) * self.positions)
         ends = np.where(places == 0, 0.0, 10.0 ** (_FIRST_DECADE + places / _BINS_PER_DECADE))
-        return {f"{share:g}": float(end) for share, end in zip(_SHARES, ends, strict=True)}
+        return {
+            f"{share:g}": None if place == _INFINITE_BIN else float(end)
+            for share, end, place in zip(_SHARES, ends, places, strict=True)
+        }
 
 
 class _MostDifferent:

@@ -124,6 +124,15 @@ class StoreFiles:
             self._fs.invalidate_cache()
             return bool(self._fs.exists(self._full(path)))
 
+    def find_bytes(self, path: str) -> int | None:
+        """Size of an object; None where there is none."""
+        with self._explain(path):
+            self._fs.invalidate_cache()
+            try:
+                return int(self._fs.size(self._full(path)))
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+
     def list(self, folder: str) -> list[StoredFile]:
         """Objects directly in a folder, by name; empty where there is no such folder."""
         return [file for file in self._list(folder) if not file.name.startswith(".")]

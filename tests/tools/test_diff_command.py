@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from logitstore.store.files import StoreFiles
 from logitstore.store.logit_store import LogitStore
 from logitstore.store.manifest import write_manifest
 from logitstore.store.plan import create_plan
-from logitstore.teacher.protocol import Method, SampleMethod, TopKMethod
+from logitstore.teacher.protocol import GivenIdsMethod, Method, SampleMethod, TopKMethod
 from tools.store_diff import choose_row_groups
 
 Fill = Callable[..., LogitStore]
@@ -160,3 +161,33 @@ def test_chosen_row_groups_are_even_and_enough() -> None:
     np.testing.assert_array_equal(choose_row_groups(records, 7000), np.arange(1000))
     np.testing.assert_array_equal(choose_row_groups(records, None), np.arange(1000))
     assert choose_row_groups(records, 1).tolist() == [500]
+
+
+def test_quantiles_among_positions_of_infinite_distance_are_infinite(fill: Fill, logitstore: Any) -> None:
+    def hold_impossible(unit: int) -> list[Record]:
+        records = []
+        for record in speak(unit, 0):
+            logits = np.full((record.num_positions, VOCAB_SIZE), -np.inf)
+            logits[:, :2] = 0.0
+            with np.errstate(invalid="ignore"):
+                signal = build_signal(logits, record.token_ids[1:], 2)
+            entropy = np.full(record.num_positions, np.log(2), dtype=np.float32)
+            records.append(replace(record, signal=replace(signal, entropy=entropy)))
+        return records
+
+    first, second = fill("first", lambda unit: speak(unit, 0)), fill("second", hold_impossible)
+    diff = logitstore.json("diff", first.url, second.url)
+    assert diff["distances"]["infinite"] == diff["distances"]["positions"] > 0
+    assert set(diff["kl_quantiles"].values()) == {None}
+    assert "50%: ∞, 90%: ∞" in logitstore("diff", first.url, second.url)[0]
+
+
+def test_agreement_of_stores_that_keep_other_tokens_than_the_likeliest_is_unknown(fill: Fill, logitstore: Any) -> None:
+    first = fill("first", lambda unit: speak(unit, 0))
+    second = fill("second", lambda unit: speak(unit, 0), method=GivenIdsMethod())
+    diff = logitstore.json("diff", first.url, second.url)
+    assert diff["distances"]["agreement"] is None
+    assert {one["agreement"] for one in diff["sources"].values()} == {None}
+    stdout, stderr = logitstore("diff", first.url, second.url, "--min-agreement", "0.5", exit_code=3)
+    assert re.search(r"same first\s+unknown", stdout)
+    assert "found a store that keeps other tokens" in stderr

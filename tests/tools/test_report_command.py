@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -171,6 +172,26 @@ def test_names_of_the_corpus_do_not_leave_their_place(logitstore: Any, tmp_path:
     assert "\u202e" not in text
     assert r"&lt;/script&gt;&lt;img src=x&gt;\u202e" in text
     assert text.count("<script") == text.count("</script>") == 2
+
+
+def test_comparison_with_a_damaged_store_leaves_the_rest_of_the_page(
+    build_store: Callable[..., LogitStore], logitstore: Any, tmp_path: Path, flip: Callable[[Path, int], None]
+) -> None:
+    store = build_store()
+    other = tmp_path / "other"
+    shutil.copytree(store.url, other)
+    flip(sorted(other.glob("data/*.parquet"))[0], 300)
+    page = tmp_path / "page.html"
+    _, stderr = logitstore("report", store.url, "--against", other, "--output", page, exit_code=3)
+    assert "not shown: the comparison of the stores: " in stderr
+    assert 'id="text-view"' in page.read_text(encoding="utf-8")
+
+
+def test_folder_in_place_of_a_page_is_refused(
+    build_store: Callable[..., LogitStore], logitstore: Any, tmp_path: Path
+) -> None:
+    _, stderr = logitstore("report", build_store().url, "--output", tmp_path, exit_code=2)
+    assert "expected a file, found a folder" in stderr
 
 
 def test_damaged_store_shows_what_is_whole_and_ends_with_3(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from logitstore import __version__
+from logitstore.errors import CorruptShardError
 from logitstore.store.aligned_stores import AlignedStores
 from logitstore.store.logit_store import LogitStore
 from tools.look import count_things
@@ -111,6 +112,7 @@ def build_store_report(
 
         report(0, len(request.students), "students")
         sample, evaluations = add_students(sample, opened.store, request.students, names[num_stores:], request.top)
+    damaged = [*opened.unreadable, *sample.damaged]
     sections = {
         "overview": build_overview(overviews[0], sample.damaged),
         "distributions": build_distributions(overviews, names[:num_stores], sample) if sample.records else "",
@@ -122,8 +124,11 @@ def build_store_report(
         sections["text"] = build_text_view(build_payload(sample, tokens), script, note=note, trouble=trouble)
     if request.against is not None:
         urls, manifests = (request.store, request.against), (request.manifest, None)
-        diff = compare_stores(urls, manifests, max_records=_COMPARED_RECORDS, tokenizer=request.tokenizer)
-        sections["stores"] = build_comparison_of_stores(diff, names[:num_stores])
+        try:
+            diff = compare_stores(urls, manifests, max_records=_COMPARED_RECORDS, tokenizer=request.tokenizer)
+            sections["stores"] = build_comparison_of_stores(diff, names[:num_stores])
+        except CorruptShardError as error:
+            damaged.append(f"the comparison of the stores: {error}")
     sections["students"] = build_students(evaluations, runs)
     sections["training"] = build_training(runs)
     return StoreReport(
@@ -131,7 +136,7 @@ def build_store_report(
         records=len(sample.records),
         positions=sample.num_positions,
         tokenizer_trouble=trouble,
-        damaged=(*opened.unreadable, *sample.damaged),
+        damaged=tuple(damaged),
     )
 
 

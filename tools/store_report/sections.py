@@ -9,7 +9,8 @@ import numpy as np
 
 from logitstore.shard.summary import ENTROPY_BIN_NATS
 from tools.charts import Line, build_bar_chart, build_line_chart
-from tools.look import count_things, format_share
+from tools.diff_tables import describe_agreement, show_kl
+from tools.look import count_things
 from tools.page import build_charts, build_table, choose_style, write_text
 from tools.record_text import name_token
 from tools.record_view import PositionView
@@ -150,12 +151,12 @@ def _list_distances(diff: StoreDiff) -> list[tuple[str, object]]:
         return [*facts, ("distance", "unknown: no position has kept tokens in both stores, drawn ones tell none")]
     if distances.positions < diff.positions_taught:
         facts.append(("of them", f"{distances.positions:,} with kept tokens in both stores, which the rest is about"))
-    quantiles = ", ".join(f"{end:.2g} at {100 * float(share):g}%" for share, end in diff.kl_quantiles.items())
+    quantiles = ", ".join(f"{show_kl(end)} at {100 * float(share):g}%" for share, end in diff.kl_quantiles.items())
     facts += [
         ("KL", f"{distances.kl:.3g} nats at least, second from first; {distances.reverse_kl:.3g} first from second"),
         ("KL up to", f"{quantiles} of positions"),
         ("total variation", f"{distances.total_variation:.3g} at least"),
-        ("same first token", f"at {format_share(distances.agreement)} of positions"),
+        ("same first token", describe_agreement(distances.agreement, "at {} of positions")),
     ]
     if distances.infinite:
         facts.append(("infinite KL", f"at {count_things(distances.infinite, 'position')}, not in the means"))
@@ -168,7 +169,7 @@ def _build_distances(distances: Distances) -> list[str]:
         f"{distances.kl:.3g}",
         f"{distances.reverse_kl:.3g}",
         f"{distances.total_variation:.3g}",
-        format_share(distances.agreement),
+        describe_agreement(distances.agreement, "{}"),
     )
     return [f"<td>{cell}</td>" for cell in cells]
 
@@ -177,7 +178,7 @@ def _build_most_different(diff: StoreDiff, names: Sequence[str]) -> str:
     rows = [
         [
             f"{entry.record}:{entry.first.position}",
-            f"<td>{'∞' if entry.kl is None else f'{entry.kl:.2g}'}</td>",
+            f"<td>{show_kl(entry.kl)}</td>",
             f"<td><bdi>{show((entry.context or '')[-_CONTEXT_CHARACTERS:])}</bdi> "
             f"<b>▸{show(name_token(entry.first.next_token, entry.first.next_token_id))}</b></td>",
             _build_candidates(entry.first),
