@@ -16,14 +16,16 @@ import yaml
 from logitstore.errors import TrainingError
 from trainer.checkpoint import find_latest_checkpoint, read_header
 from trainer.config import TrainSettings
+from trainer.distributed import Processes
 from trainer.loop import TrainReport, take_step
 from trainer.prefetch import PreparedStep
 from trainer.progress import StepResult
 from trainer.run import Run, prepare_run
 from trainer.run_logs import RunLogs
 from trainer.student import build_student
+from trainer.sweep.record import SweepRecord
 from trainer.sweep.settings import Sweep, read_sweep
-from trainer.sweep.training import train_sweep
+from trainer.sweep.training import finish_sweep, train_sweep
 
 
 @pytest.fixture
@@ -66,6 +68,26 @@ def test_sweep_that_is_asked_to_stop_while_students_are_loaded_loads_no_more(
     report = train_sweep(write_sweep([{"name": "one"}, {"name": "two"}]))
     assert report.interrupted
     assert [(run.status, run.steps) for run in report.runs] == [("interrupted", 0), ("planned", 0)]
+
+
+@pytest.mark.slow
+def test_runs_that_a_stopped_sweep_did_not_come_to_are_as_their_checkpoints_left_them(
+    write_sweep: Callable[..., Sweep], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = write_sweep([{"name": "one"}, {"name": "two"}, {"name": "three", "order_seed": 7}])
+    first = train_sweep(sweep, on_step=stop_after("two", 2))
+    saved = [(run.status, run.steps, run.positions) for run in first.runs]
+    assert [status for status, *_ in saved] == ["interrupted", "interrupted", "planned"]
+    monkeypatch.setattr("trainer.sweep.group.GroupTraining.should_stop", lambda _: True)
+    assert [(run.status, run.steps, run.positions) for run in train_sweep(sweep).runs] == saved
+    # On a cluster: of processes that were lost, and had no machine to go on with when the sweep was stopped.
+    processes = Processes(rank=0, world_size=1, device=torch.device("cpu"))
+    record = SweepRecord(sweep, [sweep.runs], processes)
+    for run in sweep.runs:
+        record.update(run.name, status="running", steps=1_000, positions=10**6)
+    lost = finish_sweep(sweep, record, processes)
+    assert [(run.status, run.steps, run.positions) for run in lost.runs] == [*saved[:2], ("interrupted", 0, 0)]
+    assert lost.interrupted
 
 
 @pytest.mark.slow

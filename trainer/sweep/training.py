@@ -7,6 +7,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from logitstore.errors import TrainingError
+from trainer.checkpoint import find_latest_checkpoint, read_header
 from trainer.distributed import Processes, join_processes
 from trainer.interrupt import listen_for_stop
 from trainer.sweep.group import GroupTraining, OnStep
@@ -14,6 +16,8 @@ from trainer.sweep.plan import group_runs
 from trainer.sweep.record import RunResult, SweepRecord
 from trainer.sweep.results import MeanResult, compute_gaps, compute_means, write_csv
 from trainer.sweep.settings import Sweep
+
+_NOTHING_SAVED = {"status": "interrupted", "steps": 0, "positions": 0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +77,8 @@ def train_sweep(sweep: Sweep, *, on_step: OnStep | None = None) -> SweepReport:
 
 def finish_sweep(sweep: Sweep, record: SweepRecord, processes: Processes) -> SweepReport:
     """Put side by side what the runs of a sweep reached, and write it down on rank 0."""
-    results = compute_gaps(list(record.results.values()), {run.name: run.settings for run in sweep.runs})
+    found = [_tell_what_is_saved(result) for result in record.results.values()]
+    results = compute_gaps(found, {run.name: run.settings for run in sweep.runs})
     means = compute_means(results)
     record.finish(results, means)
     if processes.rank == 0:
@@ -85,3 +90,17 @@ def finish_sweep(sweep: Sweep, record: SweepRecord, processes: Processes) -> Swe
         latest_manifests=record.latest,
         interrupted=any(run.status in ("planned", "running", "interrupted") for run in results),
     )
+
+
+def _tell_what_is_saved(result: RunResult) -> RunResult:
+    """A run that the sweep did not come to, or whose process was lost and not begun again: where it will go on."""
+    if result.status not in ("planned", "running"):
+        return result
+    latest = find_latest_checkpoint(Path(result.output) / "checkpoints")
+    if latest is None:
+        return result if result.status == "planned" else result.model_copy(update=_NOTHING_SAVED)
+    try:
+        header = read_header(latest)
+    except TrainingError:  # the next start says what to do about it
+        return result
+    return result.model_copy(update={"status": "interrupted", "steps": header.step, "positions": header.positions})
