@@ -35,8 +35,13 @@ class Processes:
         }
         (folder / "ray-token").write_text(uuid.uuid4().hex)
 
-    def start(self, settings: Path, *arguments: str, run: str = "", log: Path | None = None) -> subprocess.Popen[str]:
-        """Start a capture; `run` names it and all processes that it starts. What it logs goes to a file, or a pipe."""
+    def start(
+        self, settings: Path, *arguments: str, run: str = "", log: Path | None = None, has_terminal: bool = False
+    ) -> subprocess.Popen[str]:
+        """Start a capture; `run` names it and all processes that it starts. What it logs goes to a file, or a pipe.
+
+        With `has_terminal` it leads a process group, to which Ctrl-C can be sent as a terminal does.
+        """
         command = [sys.executable, "-c", "from tools.cli import main; main()", "capture", str(settings), "--json"]
         with contextlib.ExitStack() as stack:
             return subprocess.Popen(
@@ -45,6 +50,7 @@ class Processes:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE if log is None else stack.enter_context(log.open("a")),
                 text=True,
+                start_new_session=has_terminal,
             )
 
     def find(self, name: str = "", *, run: str = "") -> list[int]:

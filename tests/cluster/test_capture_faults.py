@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -131,6 +132,27 @@ def test_two_drivers_at_once_commit_every_unit_once(processes: Processes, settin
     assert sum(run["documents"] for run in runs) == NUM_DOCUMENTS
     assert [(run["failures"], run["actor_losses"]) for run in runs] == [(0, 0), (0, 0)]
     assert list_unreferenced(settings) == set()
+
+
+@pytest.mark.parametrize("place", ["loading", "capturing"])
+def test_capture_whose_user_is_in_a_hurry_to_stop_it_leaves_nobody_behind(
+    processes: Processes, settings: Path, place: str
+) -> None:
+    """Ctrl-C goes to all that a terminal shows the output of, Ray's own processes as well; here it comes twice."""
+    driver = processes.start(settings, has_terminal=True)
+
+    def is_there() -> bool:
+        has_actor = bool(processes.find("ray::CaptureActor"))
+        return has_actor if place == "loading" else (settings.parent / "store").exists() and count_commits(settings) > 2
+
+    wait_until(lambda: is_there() or driver.poll() is not None, place)
+    os.killpg(driver.pid, signal.SIGINT)
+    wait_until(lambda: not processes.find("ray::CaptureActor") or driver.poll() is not None, "actors to end")
+    with contextlib.suppress(ProcessLookupError):  # it may have been quick enough
+        os.killpg(driver.pid, signal.SIGINT)
+    _, errors = driver.communicate(timeout=PATIENCE_SECONDS)
+    assert driver.returncode in (130, -signal.SIGINT), errors
+    wait_until(lambda: not processes.find(), "all processes to end")
 
 
 def poison(teacher: Path, text: str) -> None:
