@@ -6,6 +6,7 @@ A new verb is found by itself. It has to be run in `RUNS`, or be named in `TOO_D
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import sys
@@ -21,6 +22,7 @@ import yaml
 from fake_jobs import ADDRESS, FakeRayClient
 
 from tools.cli import app
+from trainer.evaluation import Evaluation
 from trainer.loop import TrainReport
 
 ESCAPE = "\x1b"
@@ -191,8 +193,21 @@ def place(
     text_store: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Place:
-    """A small store; a head that knows jobs; a training whose loss was no number."""
-    done = TrainReport(steps=3, positions=99, interrupted=False, evaluation=None, student=None, skipped_steps=0)
+    """A small store; a head that knows jobs; a training that went astray."""
+    astray = Evaluation(
+        positions=99,
+        lm_loss=math.nan,
+        perplexity=math.inf,
+        teacher_lm_loss=None,
+        bucket_kl=math.nan,
+        overlap=None,
+        top1_agreement=None,
+        calibration_error=math.nan,
+        bin_positions=(99,),
+        bin_confidence=(math.nan,),
+        bin_accuracy=(0.0,),
+    )
+    done = TrainReport(steps=3, positions=99, interrupted=False, evaluation=astray, student=None, skipped_steps=0)
     monkeypatch.setattr("trainer.loop.train", lambda settings, on_step: done)
     monkeypatch.setattr("cluster.job_client._POLL_SECONDS", 0.0)
     monkeypatch.setattr("cluster.job_client._open", lambda address: FakeRayClient())
