@@ -35,6 +35,31 @@ HOSTILE = [
     "right to left \u202egnirts\u202c, a bell \x07, nothing \u200b here, &lt; &amp; ' \" \\ \u2028 end\n\n\tdone",
     "Grüße, 東京, 👩‍👩‍👧, שלום, naïve ﬁne",
 ]
+# The least contrast between letters and what is behind them (WCAG 2), over all elements with text of their own.
+LEAST_CONTRAST = """(() => {
+  const parse = (text) => {
+    const [r, g, b, a = 1] = text.match(/[\\d.]+/g).map(Number);
+    return text.startsWith("color(") ? [255 * r, 255 * g, 255 * b, a] : [r, g, b, a];
+  };
+  const over = ([r, g, b, a], below) => [r, g, b].map((value, i) => a * value + (1 - a) * below[i]);
+  const behind = (element) => {
+    if (!element) return [255, 255, 255];
+    const colour = parse(getComputedStyle(element).backgroundColor);
+    return colour[3] === 1 ? colour.slice(0, 3) : over(colour, behind(element.parentElement));
+  };
+  const luminance = (colour) => colour.map((value) => value / 255)
+    .map((value) => value <= 0.03928 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, value, i) => sum + value * [0.2126, 0.7152, 0.0722][i], 0);
+  const own = (element) => [...element.childNodes].some((node) => node.nodeType === 3 && node.data.trim());
+  return Math.min(...[...document.querySelectorAll("main *")]
+    .filter((element) => own(element) && element.getClientRects().length && !element.disabled)
+    .filter((element) => !element.closest("svg, script, style, option"))
+    .map((element) => {
+      const below = behind(element), letters = over(parse(getComputedStyle(element).color), below);
+      const [low, high] = [luminance(letters), luminance(below)].sort((a, b) => a - b);
+      return (high + 0.05) / (low + 0.05);
+    }));
+})()"""
 READY = "!document.querySelector('#text-view')?.hidden && document.querySelector('#tokens .token') !== null"
 
 
@@ -51,9 +76,14 @@ Fill = Callable[..., LogitStore]
 
 @pytest.fixture
 def fill(tmp_path: Path, teacher_folder: Path) -> Fill:
-    """Function that makes a store of one record for every text, with what a teacher says."""
+    """Function that makes a store of one record for every text, or of another store, with what a teacher says."""
 
-    def fill(name: str, texts: list[str], seed: int = 0, method: Method = TopKMethod(k=8)) -> LogitStore:  # noqa: B008
+    def fill(
+        name: str,
+        texts: list[str] | LogitStore,
+        seed: int = 0,
+        method: Method = TopKMethod(k=8),  # noqa: B008  # frozen
+    ) -> LogitStore:
         tokenizer = load_tokenizer(str(teacher_folder))
         identity = build_identity(
             model=str(teacher_folder),
@@ -65,7 +95,9 @@ def fill(tmp_path: Path, teacher_folder: Path) -> Fill:
         plan = create_plan(files, build_plan(1, teacher=identity, method=method))
         records = [
             build_text_record(np.array(token_ids, dtype=np.int32), index, seed, tokenizer.vocab_size)
-            for index, token_ids in enumerate(tokenizer.encode(texts))
+            for index, token_ids in enumerate(
+                tokenizer.encode(texts) if isinstance(texts, list) else [record.token_ids for record in texts]
+            )
         ]
         if method.is_drawn:
             records = build_drawn_records(6, method.kind, vocab_size=tokenizer.vocab_size)
@@ -337,3 +369,28 @@ def test_page_in_the_dark_and_in_a_narrow_window_is_readable(
         browser.save_screenshot(tmp_path / "narrow.png", is_whole=True)
     finally:
         browser.look()
+
+
+def test_letters_stand_out_from_every_colour_in_both_schemes(
+    browser: Page, fill: Fill, logitstore: Any, tmp_path: Path
+) -> None:
+    open_report(browser, logitstore, fill("store", ["some\nlines\nof words\n" * 20]).url, tmp_path / "page.html")
+    hover(browser, 3)
+    try:
+        for dark in (False, True):
+            browser.look(dark=dark)
+            # All of the text in the strongest colour, which no token of a made-up teacher may have.
+            browser.evaluate("document.querySelectorAll('#tokens .token').forEach((one) => { one.dataset.level = 4; })")
+            assert browser.evaluate(LEAST_CONTRAST) >= 4.5
+    finally:
+        browser.look()
+
+
+def test_tails_of_a_kept_and_a_drawn_store_have_one_name(
+    browser: Page, fill: Fill, logitstore: Any, tmp_path: Path
+) -> None:
+    second = fill("second", [], method=HeadTailMethod())
+    first = fill("first", second)
+    open_report(browser, logitstore, first.url, tmp_path / "page.html", "--against", second.url)
+    assert "not kept" in hover(browser, 0)["facts"]
+    assert "Probability not kept" in browser.evaluate("document.querySelector('#distributions').textContent")

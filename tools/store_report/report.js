@@ -269,6 +269,11 @@ function view(data) {
     row.append(head, ...cells.map((cell) => make("td", "", cell)));
     return row;
   }
+  // A tail is what is outside the support, or outside of what drawn supports keep.
+  function nameTail(those) {
+    const drawn = those.filter((voice) => voice.isDrawn).length;
+    return drawn === 0 ? "outside the support" : drawn === those.length ? "drawn from" : "not kept";
+  }
   function buildFacts(position) {
     const rows = [
       buildRow("came next with", voices.map((voice) => writeShare(getNextShare(voice, position)))),
@@ -277,7 +282,7 @@ function view(data) {
     ];
     if (voices.some((voice) => voice.tail[position] !== UNKNOWN)) {
       const tails = voices.map((voice) => voice.tail[position] === UNKNOWN ? "–" : writeShare(voice.tail[position]));
-      rows.push(buildRow(teacher.isDrawn ? "drawn from" : "outside the support", tails));
+      rows.push(buildRow(nameTail(voices.filter((voice) => voice.tail[position] !== UNKNOWN)), tails));
     }
     if (further.length) {
       rows.push(buildRow("KL, nats", ["–", ...further.map((voice) => writeKl(voice.kl[position]))]));

@@ -71,7 +71,7 @@ def build_distributions(overviews: Sequence[StoreOverview], names: Sequence[str]
     x_and_values: list[tuple[str, str, float, list[Sequence[int] | np.ndarray]]] = [
         ("Entropy of the teacher", "nats", ENTROPY_BIN_NATS, [one.entropy_histogram for one in overviews]),
         (
-            "Probability outside the support",
+            _name_tail(overviews),
             "decades below 1: from 10⁻ˣ down to a tenth of it",
             1.0,
             [one.tail_histogram for one in overviews],
@@ -90,6 +90,14 @@ def build_distributions(overviews: Sequence[StoreOverview], names: Sequence[str]
         f"{sample.positions_read:,} positions that were read for this page."
     )
     return f"{build_charts(charts)}<p>{note}</p>" if any(charts) else ""
+
+
+def _name_tail(overviews: Sequence[StoreOverview]) -> str:
+    """A tail is what is outside the support, or outside of what drawn supports keep."""
+    drawn = sum(overview.method.is_drawn for overview in overviews)
+    if drawn == 0:
+        return "Probability outside the support"
+    return "Probability drawn from" if drawn == len(overviews) else "Probability not kept"
 
 
 def _join_bins(counts: np.ndarray, width: int) -> np.ndarray:
