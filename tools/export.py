@@ -42,7 +42,11 @@ def command(
     from dataclasses import asdict
     from typing import cast
 
+    from logitstore.errors import ConfigError
     from tools.look import build_facts, format_bytes, format_share, print_json, print_result
+
+    if not student.is_dir():  # transformers would take it for a name on the hub, and ask there for most of a minute
+        raise ConfigError(f"{student}: expected the folder of a student, found none; check the path")
     from trainer.export import ExportFormat, export_student
 
     report = export_student(student, path, cast("ExportFormat", to), converter=converter)

@@ -138,7 +138,7 @@ MISTAKES: dict[str, list[str]] = {
     "train": ["nowhere.yaml"],
     "sweep": ["nowhere.yaml"],
     "evaluate": ["student", "--store", "nowhere", "--all"],
-    "export": ["student", "out", "--to", "of-wood"],
+    "export": ["nowhere", "out", "--to", "int8"],
     "submit capture": ["nowhere.yaml", "--address", ADDRESS],
     "submit train": ["nowhere.yaml", "--address", ADDRESS],
     "submit sweep": ["nowhere.yaml", "--address", ADDRESS],
