@@ -13,7 +13,7 @@ def test_driver_of_few_units_prints_a_row_for_every_step_with_numbers_in_it() ->
     arguments = ["driver", "--units", "300", "--actors", "20", "--no-ray"]
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert result.exit_code == 0
-    lines = result.stdout.splitlines()
+    lines = result.stdout.strip().splitlines()
     assert lines[0].startswith("`logitstore benchmark driver --units 300 --actors 20`, logitstore ")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     assert rows[0] == ["step", "seconds", "of a processor", "µs per unit", "units/s", "peak MiB", "outcome"]
