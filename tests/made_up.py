@@ -192,3 +192,12 @@ def edit_sealed(path: Path, old: str, new: str) -> None:
     text = unseal(path.read_bytes()).decode()
     assert old in text
     path.write_bytes(seal(text.replace(old, new, 1).encode()))
+
+
+def damage_only_shard(url: str) -> Path:
+    """Change a bit of a row group of a store's only data file; returns its path."""
+    [path] = Path(url).glob("data/*.parquet")
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1
+    path.write_bytes(data)
+    return path

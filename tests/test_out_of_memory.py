@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,14 +11,11 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import save_model
+from unit_captures import build_unit_capture
 
-from logitstore.capture import UnitCapture
 from logitstore.errors import OutOfMemoryOfSequenceError, OutsideError, TeacherError, TeacherLostError
-from logitstore.planning import CaptureSettings, build_plan
-from logitstore.settings import build_settings
 from logitstore.store.commit import COMMITS, list_units, read_commit
 from logitstore.store.files import StoreFiles
-from logitstore.store.plan import create_plan
 from logitstore.teacher.head import ChunkedLogits, LogitsPart
 from logitstore.teacher.huggingface import HuggingFaceTeacher
 from logitstore.teacher.loading import load_teacher
@@ -54,25 +50,6 @@ def bound_memory(
         return compute(logits, sequences)
 
     monkeypatch.setattr(ChunkedLogits, "compute", compute_in_bounds)
-
-
-def build_capture(folder: Path, teacher_folder: Path, texts: list[str], **changes: Any) -> UnitCapture:
-    """A capture of one unit."""
-    corpus = folder / "corpus.jsonl"
-    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    values = {
-        "store": str(folder / "store"),
-        "corpus": {"files": [str(corpus)]},
-        "teacher": {"model": str(teacher_folder), "device": "cpu"},
-        "method": {"k": 16},
-        "sequences": {"length": 64},
-        "unit_bytes": 10**6,
-    }
-    settings = build_settings(CaptureSettings, {**values, **changes}, where="test")
-    teacher = load_teacher(settings.teacher, settings.method, generate=settings.generate)
-    files = StoreFiles(settings.store)
-    plan = create_plan(files, build_plan(settings, teacher.identity))
-    return UnitCapture(files, plan, teacher, settings.corpus, spill_folder=folder)
 
 
 def find_marker(teacher_folder: Path, text: str) -> torch.Tensor:
@@ -145,8 +122,8 @@ def test_document_that_memory_is_too_small_for_is_a_dead_letter_and_its_unit_sur
     tmp_path: Path, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
     marker = find_marker(teacher_folder, "~")
-    capture = build_capture(
-        tmp_path,
+    capture = build_unit_capture(
+        tmp_path / "store",
         teacher_folder,
         [TEXT, "a ~ b", TEXT * 2, "for x"],
         sequences={"length": 64, "mode": mode},
@@ -164,7 +141,7 @@ def test_sequence_without_a_single_culprit_costs_its_longest_document(
     tmp_path: Path, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = ["a", TEXT, "b"]
-    capture = build_capture(tmp_path, teacher_folder, texts)
+    capture = build_unit_capture(tmp_path / "store", teacher_folder, texts)
     all_together = sum(len(ids) + 1 for ids in capture._teacher.encode(texts)) - 1
     bound_memory(monkeypatch, lambda batch: any(len(ids) == all_together for ids in batch), [])
     receipt = capture.capture(0)
@@ -176,7 +153,7 @@ def test_sequence_without_a_single_culprit_costs_its_longest_document(
 def test_unit_that_memory_is_too_small_for_altogether_fails(
     tmp_path: Path, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    capture = build_capture(tmp_path, teacher_folder, [TEXT, TEXT])
+    capture = build_unit_capture(tmp_path / "store", teacher_folder, [TEXT, TEXT])
     bound_memory(monkeypatch, lambda batch: True, [])
     with pytest.raises(TeacherError, match="expected memory for"):
         capture.capture(0)
@@ -188,7 +165,7 @@ def test_prompt_that_memory_is_too_small_to_answer_is_a_dead_letter(
 ) -> None:
     marker = find_marker(teacher_folder, "~").tolist()
     generate: dict[str, object] = {"num_answers": 2, "max_new_tokens": 6}
-    capture = build_capture(tmp_path, teacher_folder, [TEXT, "a ~ b", "for x"], generate=generate)
+    capture = build_unit_capture(tmp_path / "store", teacher_folder, [TEXT, "a ~ b", "for x"], generate=generate)
     from logitstore.teacher import huggingface_generation as generation
 
     generate_batch = generation._generate_batch
@@ -223,7 +200,7 @@ class _Engine:
 
 def test_engine_that_dies_of_a_document_names_it_if_care_is_taken(tmp_path: Path, teacher_folder: Path) -> None:
     texts = [TEXT, "a ~ b", TEXT * 2, "for x"]
-    capture = build_capture(tmp_path, teacher_folder, texts, sequences={"length": 12})
+    capture = build_unit_capture(tmp_path / "store", teacher_folder, texts, sequences={"length": 12})
     deadly_id = int(find_marker(teacher_folder, "~")[0])
     engine: Any = _Engine(capture._teacher, deadly_id)  # type: ignore[arg-type]
     capture._teacher = capture._scorer._teacher = engine
@@ -246,7 +223,7 @@ def test_engine_that_dies_of_a_document_names_it_if_care_is_taken(tmp_path: Path
 def test_shard_that_the_disk_has_no_room_for_is_trouble_outside_and_leaves_nothing(
     tmp_path: Path, teacher_folder: Path
 ) -> None:
-    capture = build_capture(tmp_path, teacher_folder, [TEXT * 20])
+    capture = build_unit_capture(tmp_path / "store", teacher_folder, [TEXT * 20])
     before = sorted(tmp_path.iterdir())
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
@@ -260,7 +237,7 @@ def test_shard_that_the_disk_has_no_room_for_is_trouble_outside_and_leaves_nothi
 
 
 def test_spill_folder_that_is_gone_is_trouble_outside(tmp_path: Path, teacher_folder: Path) -> None:
-    capture = build_capture(tmp_path, teacher_folder, [TEXT])
+    capture = build_unit_capture(tmp_path / "store", teacher_folder, [TEXT])
     capture._spill_folder = tmp_path / "gone"
     with pytest.raises(OutsideError, match="gone: expected room for a shard"):
         capture.capture(0)

@@ -12,17 +12,16 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import save_model
+from unit_captures import build_unit_capture
 
 from cluster.settings import ClusterCaptureSettings
-from logitstore.capture import UnitCapture
 from logitstore.errors import InvalidLogitsOfSequenceError, TeacherError
-from logitstore.planning import CaptureSettings, build_plan
 from logitstore.settings import build_settings
 from logitstore.store.commit import COMMITS, Outcome, list_units, read_commit
 from logitstore.store.files import StoreFiles
 from logitstore.store.logit_store import LogitStore
 from logitstore.store.manifest import write_manifest
-from logitstore.store.plan import create_plan
+from logitstore.store.plan import read_plan
 from logitstore.store.verify import verify_store
 from logitstore.teacher.generation import Answer
 from logitstore.teacher.head import ChunkedLogits, LogitsPart
@@ -59,22 +58,10 @@ def poison_tokens(monkeypatch: pytest.MonkeyPatch, teacher_folder: Path, text: s
 
 def capture(folder: Path, teacher_folder: Path, texts: list[str], **changes: Any) -> LogitStore:
     """A store of one unit."""
-    corpus = folder.with_suffix(".jsonl")
-    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    values = {
-        "store": str(folder),
-        "corpus": {"files": [str(corpus)]},
-        "teacher": {"model": str(teacher_folder), "device": "cpu"},
-        "method": {"k": 16},
-        "sequences": {"length": 64},
-        "unit_bytes": 10**6,
-    }
-    settings = build_settings(CaptureSettings, {**values, **changes}, where="test")
-    teacher = load_teacher(settings.teacher, settings.method, generate=settings.generate)
-    files = StoreFiles(settings.store)
-    plan = create_plan(files, build_plan(settings, teacher.identity))
-    assert UnitCapture(files, plan, teacher, settings.corpus).capture(0).outcome is Outcome.WON
-    write_manifest(files, plan.compute_fingerprint())
+    unit_capture = build_unit_capture(folder, teacher_folder, texts, **changes)
+    assert unit_capture.capture(0).outcome is Outcome.WON
+    files = StoreFiles(str(folder))
+    write_manifest(files, read_plan(files).compute_fingerprint())
     return LogitStore.open(files.url)
 
 

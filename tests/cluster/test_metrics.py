@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from made_up_receipts import build_receipt
 
 from cluster import metrics
 from cluster.figures import CaptureFigures
 from cluster.metrics import METRICS, DriverMetrics
-from logitstore.capture import Receipt
 from logitstore.store.commit import Outcome
 
 Key = tuple[str, tuple[str, ...]]
@@ -47,20 +47,6 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[Key, float]]:
     for kind in (Counter, Gauge, Histogram):
         monkeypatch.setattr(metrics, kind.__name__, kind)
     return values
-
-
-def build_receipt(outcome: Outcome = Outcome.WON, **counts: int) -> Receipt:
-    return Receipt(
-        unit=0,
-        outcome=outcome,
-        records=1,
-        positions=100,
-        bytes=50,
-        documents=4,
-        dead_letters=sum(counts.values()),
-        dead_letter_counts=counts,
-        seconds=2.0,
-    )
 
 
 def test_driver_tells_every_figure_of_a_capture_once(told: dict[Key, float]) -> None:

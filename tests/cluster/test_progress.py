@@ -6,13 +6,13 @@ import io
 import logging
 
 import pytest
+from made_up_receipts import build_receipt
 from rich.console import Console
 
 from cluster import figures as figures_module
 from cluster import progress as progress_module
 from cluster.figures import CaptureFigures
 from cluster.progress import CaptureProgress, describe_figures, describe_seconds
-from logitstore.capture import Receipt
 from logitstore.store.commit import Outcome
 
 
@@ -29,20 +29,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     for module in (figures_module, progress_module):
         monkeypatch.setattr(module, "time", clock)
     return clock
-
-
-def build_receipt(outcome: Outcome = Outcome.WON, **counts: int) -> Receipt:
-    return Receipt(
-        unit=0,
-        outcome=outcome,
-        records=1,
-        positions=100,
-        bytes=50,
-        documents=4,
-        dead_letters=sum(counts.values()),
-        dead_letter_counts=counts,
-        seconds=2.0,
-    )
 
 
 @pytest.fixture
@@ -68,6 +54,11 @@ def test_line_tells_pace_of_late_time_left_and_who_is_at_work(figures: CaptureFi
 def test_line_names_every_kind_of_trouble(figures: CaptureFigures) -> None:
     figures.failures, figures.actor_losses, figures.actor_hangs, figures.quarantined = 2, 2, 1, 3
     assert describe_figures(figures).endswith("1 dead letter, 2 failures, 2 lost actors, 1 hanging actor, 3 set aside")
+
+
+def test_line_names_units_that_were_found_committed(figures: CaptureFigures) -> None:
+    figures.count_receipt(build_receipt(Outcome.LOST))
+    assert describe_figures(figures).endswith("5 units in flight, 1 unit found committed, 1 dead letter")
 
 
 def test_line_while_a_teacher_loads_tells_who_has_loaded(clock: Clock) -> None:

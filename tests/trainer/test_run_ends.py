@@ -6,11 +6,10 @@ import math
 import signal
 import threading
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
-from made_up import VOCAB_SIZE
+from made_up import VOCAB_SIZE, damage_only_shard
 
 from logitstore.errors import CorruptShardError, IncompatibleStoreError, TrainingError
 from logitstore.store.logit_store import LogitStore
@@ -49,10 +48,7 @@ def test_run_over_a_damaged_store_ends_with_what_is_wrong(
 ) -> None:
     """The error of a reading thread comes through the one that prepares micro-batches, which ends too."""
     store = grow_store(range(1))
-    [path] = Path(store.url).glob("data/*.parquet")
-    data = bytearray(path.read_bytes())
-    data[100] ^= 1
-    path.write_bytes(data)
+    path = damage_only_shard(store.url)
     threads = set(threading.enumerate())
     with pytest.raises(CorruptShardError, match=path.name):
         train(make_settings(store=store.url, held_out=None))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
+from made_up import damage_only_shard
 from taught_stores import CONFIG
 
 from logitstore.errors import ConfigError, CorruptShardError, TrainingError
@@ -47,10 +47,7 @@ def test_store_that_cannot_be_read_ends_the_sweep(
     write_sweep: WriteSweep, grow_store: Callable[[range], LogitStore]
 ) -> None:
     store = grow_store(range(1))
-    [path] = Path(store.url).glob("data/*.parquet")
-    data = bytearray(path.read_bytes())
-    data[100] ^= 1
-    path.write_bytes(data)
+    path = damage_only_shard(store.url)
     sweep = write_sweep(store=store.url, held_out=None, student=SMALL, seeds=[0, 1])
     with pytest.raises(CorruptShardError, match=path.name):
         train_sweep(sweep)
