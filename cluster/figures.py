@@ -19,7 +19,8 @@ class CaptureFigures:
     """Counts of one run of a capture. `units_before` were committed when it started.
 
     `phase` is what the driver is at: no unit can be captured before a teacher is loaded, and a manifest is written
-    when all have ended. `actor_hangs` are of the `actor_losses`.
+    when all have ended. `actor_hangs` are of the `actor_losses`; `lost_races` are
+    units that were found committed: by another capture, or by an actor of this one that was lost before it said so.
     """
 
     phase: Phase = "loading"
@@ -82,7 +83,7 @@ class CaptureFigures:
             self.window.add(time=time.monotonic(), units=self._units_ended, positions=self.positions)
 
     def count_receipt(self, receipt: Receipt) -> None:
-        """Add what a unit brought; one that another capture committed first brings nothing."""
+        """Add what a unit brought; one that is found committed, by whomever, brings nothing."""
         if receipt.outcome is Outcome.LOST:
             self.lost_races += 1
             return

@@ -38,6 +38,8 @@ def describe_pace(figures: CaptureFigures) -> str:
         return ", ".join([*parts, "writing the manifest"])
     parts.append(f"{figures.actors_ready}/{figures.actors_wanted} actors")
     parts.append(f"{count_things(figures.units_in_flight, 'unit')} in flight")
+    if figures.lost_races:
+        parts.append(f"{count_things(figures.lost_races, 'unit')} found committed")
     troubles = {
         "dead letter": figures.dead_letters,
         "failure": figures.failures,
