@@ -338,9 +338,9 @@ def test_forced_colours_make_no_terminal_of_a_pipe(
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_verb_with_a_mistake_ends_with_one_line_in_the_form_of_the_house(
-    verb: str, place: Place, logitstore: Any
+    verb: str, settings_folder: Path, teacher_folder: Path, logitstore: Any
 ) -> None:
-    values = {"teacher": str(place.teacher), "settings": str(place.settings)}
+    values = {"teacher": str(teacher_folder), "settings": str(settings_folder)}
     arguments = [argument.format(**values) for argument in MISTAKES[verb]]
     stdout, stderr = logitstore(*verb.split(), *arguments, "--json", exit_code=2)
     assert (stdout, "Traceback" in stderr) == ("", False)
