@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from checkout import ROOT
 
-from tools.quickstart.run import TEACHER
+from tools.quickstart import TEACHER
 
 PAGE = (ROOT / "docs/tutorial.md").read_text(encoding="utf-8")
 COMMANDS = [line for block in re.findall(r"```console\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
@@ -40,7 +40,7 @@ def test_tutorial_runs_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (tmp_path / name).write_text(block.replace("MODEL", str(TEACHER)), encoding="utf-8")
     assert all(command.startswith("$ ") for command in COMMANDS)
     printed = {command.removeprefix("$ logitstore "): run(command, tmp_path) for command in COMMANDS}
-    assert str(TEACHER) in printed['$ python -c "from tools.quickstart.run import TEACHER; print(TEACHER)"']
+    assert str(TEACHER) in printed['$ python -c "from tools.quickstart import TEACHER; print(TEACHER)"']
     assert "committed" in printed["status store"]
     assert "The store is what it says it is." in printed["verify store"]
     assert "that were searched" in printed["inspect store --record 0 --min-surprise 6"]

@@ -21,7 +21,7 @@ from logitstore.teacher.draws import DrawKeys
 from logitstore.teacher.protocol import HeadTailMethod, TopKMethod
 from logitstore.teacher.sparsify import SparseRows, sparsify
 from logitstore.teacher.tokenizer import TeacherTokenizer, load_tokenizer
-from tools.quickstart.run import TEACHER
+from tools.quickstart import TEACHER
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -93,7 +93,7 @@ def render_plan(outlook: CaptureOutlook) -> list[RenderableType]:
     scored, listed, guessed = "measured", "listed", "extrapolated"
     per_byte = probe.text_bytes / probe.tokenized_positions
     support = probe.support_entries / probe.scored_positions
-    error = "" if estimate.positions_error is None else f", give or take {format_share(2 * estimate.positions_error)}"
+    error = f", give or take {format_share(2 * estimate.positions_error)}" if estimate.positions_error else ""
     speed = f"{format_count(estimate.positions_per_second)} positions per second"
     is_measured = not outlook.is_speed_given
     rows = [

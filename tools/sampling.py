@@ -51,16 +51,17 @@ def estimate_ratio(parts: list[PartSample]) -> Ratio:
     """Positions per byte of a whole corpus from samples of its parts: a stratified estimate.
 
     Every part counts for its bytes, at its own ratio. The error is that of a random sample within each source (parts
-    are evenly spread, which is better if anything); None where no source has two parts.
+    are evenly spread, which is better if anything), by how far the positions of its parts are from what their bytes
+    would make of them at the source's ratio; None where no source has two parts. What was looked at in whole has none.
     """
     total_bytes = sum(part.stands_for_bytes for part in parts)
     positions = sum(part.scale * part.positions for part in parts)
     documents = sum(part.scale * part.documents for part in parts)
     dead_letters = sum(part.scale * part.dead_letters for part in parts)
-    by_source: dict[str, list[float]] = defaultdict(list)
+    by_source: dict[str, list[PartSample]] = defaultdict(list)
     for part in parts:
-        by_source[part.source].append(part.scale * part.positions)
-    variances = [_compute_variance(totals) for totals in by_source.values() if len(totals) > 1]
+        by_source[part.source].append(part)
+    variances = [_compute_variance(of_source) for of_source in by_source.values() if len(of_source) > 1]
     return Ratio(
         positions_per_byte=positions / max(1, total_bytes),
         relative_error=math.sqrt(sum(variances)) / positions if variances and positions else None,
@@ -68,10 +69,14 @@ def estimate_ratio(parts: list[PartSample]) -> Ratio:
     )
 
 
-def _compute_variance(totals: list[float]) -> float:
-    """Variance of the sum of independent totals, from their spread."""
-    mean = sum(totals) / len(totals)
-    return len(totals) * sum((total - mean) ** 2 for total in totals) / (len(totals) - 1)
+def _compute_variance(parts: list[PartSample]) -> float:
+    """Variance of the positions of a source: of a ratio to its bytes, in a sample of a finite number of them."""
+    all_bytes = max(1, sum(part.stands_for_bytes for part in parts))
+    seen_share = min(1.0, sum(part.text_bytes for part in parts) / all_bytes)
+    ratio = sum(part.scale * part.positions for part in parts) / all_bytes
+    residuals = [part.scale * part.positions - ratio * part.stands_for_bytes for part in parts]
+    spread = len(parts) * sum(residual**2 for residual in residuals) / (len(parts) - 1)
+    return (1.0 - seen_share) * spread
 
 
 def choose_sequences(parts: list[PartSample], num_positions: int) -> list[Sequence]:

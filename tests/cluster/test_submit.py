@@ -19,8 +19,8 @@ from logitstore.store.files import StoreFiles
 from logitstore.store.logit_store import LogitStore
 from logitstore.store.plan import PLAN_PATH
 from logitstore.store.verify import verify_store
+from tools.quickstart import HERE
 from tools.quickstart.corpus import write_corpus
-from tools.quickstart.run import HERE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 SECRET_NAME = "LOGITSTORE_TEST_PASSWORD"

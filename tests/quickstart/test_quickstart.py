@@ -19,8 +19,9 @@ from logitstore.settings import read_settings
 from logitstore.store.logit_store import LogitStore
 from logitstore.teacher.loading import load_teacher
 from logitstore.teacher.protocol import TeacherSettings, TopKMethod
+from tools.quickstart import HERE, TEACHER
 from tools.quickstart.corpus import build_stdlib_root, is_held_out, read_sources
-from tools.quickstart.run import HERE, TEACHER, run_quickstart
+from tools.quickstart.run import run_quickstart
 from trainer.config import TrainSettings
 
 

@@ -15,8 +15,8 @@ from logitstore.teacher.draws import DrawKeys, build_draw_key
 from logitstore.teacher.protocol import HeadTailMethod, Method, SampleMethod, TopKMethod
 from logitstore.teacher.sparsify import SparseRows, sparsify
 from tools.benchmark.tables import tell_step
+from tools.quickstart import TEACHER
 from tools.quickstart.corpus import build_stdlib_root, is_held_out, read_sources
-from tools.quickstart.run import TEACHER
 from trainer.batch import TrainBatch
 from trainer.evaluate import Evaluation, build_evaluation, compute_evaluation_sums
 from trainer.loss.head import read_head

@@ -25,8 +25,8 @@ def build_quickstart_records(num_positions: int, method: Method) -> Iterator[Rec
     from logitstore.teacher.draw_key import build_draw_key
     from logitstore.teacher.loading import load_teacher
     from logitstore.teacher.protocol import TeacherSettings
+    from tools.quickstart import TEACHER
     from tools.quickstart.corpus import build_stdlib_root, is_held_out, read_sources
-    from tools.quickstart.run import TEACHER
 
     teacher = load_teacher(TeacherSettings(model=str(TEACHER), dtype="float32", device="cpu"), method)
     token_ids: list[int] = []

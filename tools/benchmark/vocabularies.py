@@ -115,7 +115,7 @@ def build_lesson(
 ) -> TrainSettings:
     """Settings of one student; of one seed, all read the same records."""
     from logitstore.settings import build_settings
-    from tools.quickstart.run import TEACHER
+    from tools.quickstart import TEACHER
     from trainer.config import TrainSettings
 
     values: dict[str, Any] = {
@@ -151,7 +151,7 @@ def train_and_evaluate(settings: TrainSettings) -> Evaluation:
     """Train a student; its evaluation in bits per byte, also where it has the teacher's tokenizer."""
     from logitstore.store.logit_store import LogitStore
     from logitstore.stream.selection import select_records
-    from tools.quickstart.run import TEACHER
+    from tools.quickstart import TEACHER
     from trainer.config import EvaluateSettings
     from trainer.distributed import Processes, choose_device
     from trainer.loop import train

@@ -21,13 +21,12 @@ from logitstore.settings import read_settings
 from logitstore.store.files import StoreFiles
 from logitstore.store.logit_store import LogitStore
 from logitstore.store.verify import verify_store
+from tools.quickstart import HERE, TEACHER
 from tools.quickstart.corpus import write_corpus
 from tools.quickstart.students import train_students
 from tools.student_results import COMPARED_FIGURES, ReportData, build_report
 from trainer.evaluate import Evaluation
 
-HERE = Path(__file__).parent
-TEACHER = HERE / "teacher"
 MARKER = ".logitstore-quickstart"
 # Text enough for 300,000 positions and more, with every release of Python.
 TRAIN_BYTES = 1_250_000
