@@ -69,6 +69,8 @@ def command(
             "logitstore inspect: --positions, --tokenizer and what chooses positions: expected --record beside them, "
             "found none"
         )
+    if record is not None and dead_letters:
+        raise ConfigError("logitstore inspect: expected one of --record and --dead-letters, found both")
     if record is not None:
         result, parts = look_at_record(
             store, record, positions, top=top, manifest=manifest, tokenizer=tokenizer, only=only

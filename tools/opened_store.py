@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from logitstore.errors import CorruptShardError, IncompatibleStoreError
-from logitstore.store.commit import COMMITS, list_unit_files, read_commits
+from logitstore.store.commit import COMMITS, UnitListing, list_unit_files, read_commits
 from logitstore.store.files import StoreFiles
 from logitstore.store.logit_store import LogitStore
 from logitstore.store.manifest import Manifest, list_manifests, read_manifest, take_snapshot
@@ -22,6 +22,7 @@ class OpenedStore:
     Attributes:
         store: opened for reading.
         files: its files.
+        commits: the listing of its commits.
         manifest: number of the manifest that lists exactly these records, None where there is none (yet).
         newer_units: committed units that the newest manifest does not list.
         unreadable: what is damaged and left out, a line each; see `open_readable`.
@@ -29,6 +30,7 @@ class OpenedStore:
 
     store: LogitStore
     files: StoreFiles
+    commits: UnitListing
     manifest: int | None
     newer_units: int
     unreadable: tuple[str, ...] = ()
@@ -40,10 +42,11 @@ def open_store(url: str, manifest: int | None) -> OpenedStore:
     Raises:
         StoreNotFoundError, IncompatibleStoreError, CorruptShardError: there is no store, or it cannot be read.
     """
+    files = StoreFiles(url)
     if manifest is not None:
         store = LogitStore.open(url, manifest)
-        return OpenedStore(store=store, files=StoreFiles(url), manifest=manifest, newer_units=0)
-    files = StoreFiles(url)
+        commits = list_unit_files(files, COMMITS)
+        return OpenedStore(store=store, files=files, commits=commits, manifest=manifest, newer_units=0)
     plan = read_plan(files)
     fingerprint = plan.compute_fingerprint()
     numbers = list_manifests(files)
@@ -59,6 +62,7 @@ def open_store(url: str, manifest: int | None) -> OpenedStore:
     return OpenedStore(
         store=LogitStore(files, plan, snapshot),
         files=files,
+        commits=listing,
         manifest=snapshot.number,
         newer_units=len(np.setdiff1d(listing.units, listed)),
     )
@@ -82,12 +86,14 @@ def open_readable(url: str, manifest: int | None) -> OpenedStore:
     unreadable: list[str] = []
     whole = _find_whole_manifest(files, unreadable)
     listed = np.zeros(0, np.int64) if whole is None else whole.units
-    newer = np.setdiff1d(list_unit_files(files, COMMITS).units, listed)
+    commits = list_unit_files(files, COMMITS)
+    newer = np.setdiff1d(commits.units, listed)
     damaged = [unit for unit in newer.tolist() if not _is_whole_commit(files, unit, fingerprint, unreadable)]
     snapshot = take_snapshot(files, fingerprint, whole, without=damaged)
     return OpenedStore(
         store=LogitStore(files, plan, snapshot),
         files=files,
+        commits=commits,
         manifest=whole.number if whole is not None and whole.lists_the_same(snapshot) else None,
         newer_units=len(newer) - len(damaged),
         unreadable=tuple(unreadable),

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from logitstore.settings import Settings
 from logitstore.shard.summary import ENTROPY_BIN_NATS
-from logitstore.store.commit import COMMITS, build_commit_path
+from logitstore.store.extension import build_extension_path
 from logitstore.store.logit_store import StoreStatistics
 from logitstore.store.manifest import build_manifest_path
 from logitstore.store.plan import PLAN_PATH
@@ -153,13 +155,13 @@ def read_overview(url: str, manifest: int | None = None) -> StoreOverview:
 
 
 def _count_bookkeeping_bytes(opened: OpenedStore) -> int:
-    """Bytes of plan, commits and manifest."""
-    wanted = {build_commit_path(int(unit)) for unit in opened.store.manifest.units} | {PLAN_PATH}
+    """Bytes of plan, with all that was added to it, commits and manifest."""
+    names = {PLAN_PATH, *(build_extension_path(2 + i) for i in range(len(opened.store.plan.extensions)))}
     if opened.manifest is not None:
-        wanted.add(build_manifest_path(opened.manifest))
-    listed = {file.name: file.bytes for file in opened.files.list("")}
-    listed |= {f"{COMMITS}/{file.name}": file.bytes for file in opened.files.list(COMMITS)}
-    return sum(listed.get(path, 0) for path in wanted)
+        names.add(build_manifest_path(opened.manifest))
+    is_shown = np.isin(opened.commits.units, opened.store.manifest.units)
+    of_commits = int(opened.commits.bytes[is_shown].sum())
+    return of_commits + sum(file.bytes for file in opened.files.list("") if file.name in names)
 
 
 def _describe_source(name: str, statistics: StoreStatistics) -> SourceFigures:

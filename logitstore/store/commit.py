@@ -217,18 +217,24 @@ class UnitListing:
     Attributes:
         units: [U] int64, ascending.
         modified: [U] float64, seconds since the epoch; 0 where the file system does not tell.
+        bytes: [U] int64, the sizes of the objects.
     """
 
     units: np.ndarray
     modified: np.ndarray
+    bytes: np.ndarray
 
 
 def list_unit_files(files: StoreFiles, folder: str) -> UnitListing:
     """What there is in `commits` or `quarantine`; one listing, nothing is read."""
-    found = [(int(m[1]), file.modified or 0.0) for file in files.list(folder) if (m := _UNIT_NAME.fullmatch(file.name))]
-    columns = np.array(found, dtype=[("unit", np.int64), ("modified", np.float64)])
+    found = [
+        (int(m[1]), file.modified or 0.0, file.bytes)
+        for file in files.list(folder)
+        if (m := _UNIT_NAME.fullmatch(file.name))
+    ]
+    columns = np.array(found, dtype=[("unit", np.int64), ("modified", np.float64), ("bytes", np.int64)])
     columns.sort(order="unit")
-    return UnitListing(units=columns["unit"].copy(), modified=columns["modified"].copy())
+    return UnitListing(units=columns["unit"].copy(), modified=columns["modified"].copy(), bytes=columns["bytes"].copy())
 
 
 def list_units(files: StoreFiles, folder: str) -> list[int]:

@@ -13,8 +13,9 @@ from made_up import build_plan, build_records, put_shard
 
 from logitstore.records import Record
 from logitstore.store.commit import build_attempt, commit_unit
+from logitstore.store.extension import PlanExtension, create_extension
 from logitstore.store.files import StoreFiles
-from logitstore.store.plan import create_plan
+from logitstore.store.plan import create_plan, read_plan
 
 
 def put_unit(folder: Path, change: Callable[[Record], Record], **plan: Any) -> tuple[StoreFiles, Path]:
@@ -85,3 +86,41 @@ def test_shard_in_a_folder_of_many_is_found_without_listing_them(
     assert found["bytes"] == shard.stat().st_size
     assert found["mean_support"] == found["support_entries"] / found["positions"]
     assert "support entries" in logitstore("inspect", shard)[0]
+
+
+def test_commits_are_listed_once(growing_store: StoreFiles, logitstore: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed: list[str] = []
+    list_files = StoreFiles.list
+
+    def count(self: StoreFiles, folder: str) -> Any:
+        listed.append(folder)
+        return list_files(self, folder)
+
+    monkeypatch.setattr(StoreFiles, "list", count)
+    for options in ([], ["--manifest", 1]):
+        listed.clear()
+        found = logitstore.json("inspect", growing_store.url, *options)
+        assert listed.count("commits") == 1
+        commits = sorted(Path(growing_store.url, "commits").iterdir())[: found["units"]]
+        of_commits = sum(path.stat().st_size for path in commits)
+        plan, manifest = (
+            Path(growing_store.url, name).stat().st_size for name in ("plan.json", "manifest-000001.parquet")
+        )
+        assert found["bytes"] == found["shard_bytes"] + of_commits + plan + (manifest if options else 0)
+
+
+def test_bytes_of_a_store_that_was_given_more_corpus_count_the_additions(
+    growing_store: StoreFiles, logitstore: Any
+) -> None:
+    before = logitstore.json("inspect", growing_store.url)["bytes"]
+    plan = read_plan(growing_store)
+    first_unit = len(plan.build_unit_table())
+    values = {"plan_fingerprint": plan.compute_fingerprint(), "first_file": len(plan.files), "first_unit": first_unit}
+    assert create_extension(growing_store, 2, PlanExtension(**values, files=plan.files, units=plan.units))
+    addition = Path(growing_store.url, "plan-000002.json").stat().st_size
+    assert logitstore.json("inspect", growing_store.url)["bytes"] == before + addition
+
+
+def test_record_and_dead_letters_at_once_are_refused(growing_store: StoreFiles, logitstore: Any) -> None:
+    _, stderr = logitstore("inspect", growing_store.url, "--record", 0, "--dead-letters", exit_code=2)
+    assert "expected one of --record and --dead-letters, found both" in stderr

@@ -237,7 +237,7 @@ def test_pace_of_long_ago_is_not_told() -> None:
 
 def test_pace_is_what_captures_at_work_say_and_else_what_the_commits_tell(growing_store: StoreFiles) -> None:
     times = np.arange(0.0, 600.0, 10.0)
-    listing = UnitListing(units=np.arange(60), modified=times)
+    listing = UnitListing(units=np.arange(60), modified=times, bytes=np.ones(60))
     word = say(growing_store)
     heard = [HeardCapture(capture=word, heard=600.0)]
     assert find_pace(heard, listing, 6000, 600.0).units_per_hour == 1800.0
@@ -248,7 +248,7 @@ def test_pace_is_what_captures_at_work_say_and_else_what_the_commits_tell(growin
 
 
 def test_store_whose_captures_are_gone_has_no_pace_until_somebody_else_commits(growing_store: StoreFiles) -> None:
-    listing = UnitListing(units=np.arange(60), modified=np.arange(0.0, 600.0, 10.0))
+    listing = UnitListing(units=np.arange(60), modified=np.arange(0.0, 600.0, 10.0), bytes=np.ones(60))
     word = say(growing_store)
     assert find_pace([HeardCapture(capture=word, heard=590.0)], listing, 6000, 700.0).units_per_hour is None
     others = find_pace([HeardCapture(capture=word, heard=500.0)], listing, 6000, 700.0)
