@@ -69,9 +69,7 @@ def test_error_never_prints_what_may_be_a_secret(values: Any) -> None:
 
 
 def test_error_prints_key_expectation_and_plain_value() -> None:
-    with pytest.raises(
-        ConfigError, match=r"here: 1 setting\(s\).*\n  inner.k: expected a valid int.*, found 'x'"
-    ):
+    with pytest.raises(ConfigError, match=r"here: 1 setting\(s\).*\n  inner.k: expected a valid int.*, found 'x'"):
         build_settings(Outer, {"inner": {"k": "x"}}, where="here")
 
 
