@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+import shlex
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 import yaml
 from checkout import ROOT
 from typer.testing import CliRunner
@@ -63,6 +66,39 @@ def test_readme_names_every_folder_and_every_link_is_there() -> None:
 def test_links_of_a_page_lead_somewhere(page: Path) -> None:
     for path in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         assert (page.parent / path).exists(), path
+
+
+def list_command_lines() -> list[tuple[str, str]]:
+    """Page and line of every `logitstore …` in a block of code, of README, the pages and the commands' own examples."""
+    found = []
+    for page in [ROOT / "README.md", ROOT / "BENCHMARKS.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        text = re.sub(r'"[^"\n]*\n[^"\n]*"', lambda quoted: quoted[0].replace("\n", " "), text)
+        fenced = "\n".join(re.findall(r"^```(?:sh|console|bash|text|)\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
+        indented = re.findall(r"^    (?:until )?(logitstore .*)$", text, re.MULTILINE)
+        for line in [*indented, *re.findall(r"^(?:\$ )?(logitstore .*)$", fenced, re.MULTILINE)]:
+            found.append((page.name, re.split(r"\s+#|; ", line)[0]))
+    return sorted({(page, line) for page, line in found if not re.search(r"[…|\[{]|^logitstore -", line)})
+
+
+def test_pages_have_many_command_lines() -> None:
+    assert len(list_command_lines()) > 100
+
+
+@pytest.mark.parametrize(("page", "line"), list_command_lines())
+def test_command_line_of_a_page_is_one_that_is_understood(page: str, line: str) -> None:
+    command: Any = typer.main.get_command(app)
+    words = shlex.split(line)[1:]
+    context = command.context_class(command)
+    while hasattr(command, "commands"):
+        assert words, f"{page}: {line}: expected a verb"
+        assert words[0] in command.commands, f"{page}: {line}: {words[0]!r} is no verb"
+        command = command.commands[words.pop(0)]
+        context = command.context_class(command, parent=context)
+    values, rest, _ = command.make_parser(context).parse_args(words)
+    assert rest == [], f"{page}: {line}"
+    missing = [each.name for each in command.params if each.required and values.get(each.name) in (None, ())]
+    assert missing == [], f"{page}: {line}"
 
 
 def test_methods_on_their_page_are_valid() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from checkout import ROOT
 
 from logitstore.interchange.rows import ForeignRow, ForeignSequence, split_row
 from logitstore.store.files import StoreFiles
@@ -41,6 +43,20 @@ def test_store_that_is_exported_and_imported_verifies_and_agrees(
     assert logitstore.json("verify", tmp_path / "in")["is_clean"]
     teacher = logitstore.json("inspect", tmp_path / "in")["teacher"]
     assert (teacher["model"], teacher["engine"]) == ("big", "imported")
+
+
+def test_commands_of_the_page_run_one_after_the_other(
+    text_store: TextStore, teacher_folder: Path, tmp_path: Path, logitstore: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    store = text_store(TEXT).url
+    page = (ROOT / "docs/conversion.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^    logitstore (.*)$", page, re.MULTILINE)
+    assert [line.split()[0] for line in lines] == ["convert", "convert", "convert", "verify"]
+    for line in lines:
+        line = line.replace("runs/quickstart/store", store).replace("TOKENIZER", str(teacher_folder))
+        logitstore(*line.replace("--top-k 16", "--top-k 4").split())
+    assert logitstore.json("inspect", "runs/imported")["teacher"]["model"] == "big"
 
 
 def test_convert_tells_people_what_was_compared(
