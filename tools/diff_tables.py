@@ -11,7 +11,7 @@ from tools.look import build_facts, build_table, count_things, format_count, for
 from tools.record_text import name_token
 from tools.record_view import PositionView
 from tools.store_diff import ComparedStore, DifferentPosition, Distances, StoreDiff
-from tools.token_text import make_visible
+from tools.visible_text import make_visible
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -2,7 +2,8 @@
 
 Results go to `print_result`, stdout; whatever else there is to say goes to stderr. Colours appear on terminals only,
 and neither they nor bold letters where NO_COLOR is set; piped output has a width of its own, so that it does not depend
-on who reads it. Progress is drawn on terminals alone that can draw a line again.
+on who reads it. Progress is drawn on terminals alone that can draw a line again. What was read somewhere, such as names in
+a store, cannot steer a terminal: see `make_visible`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
+
+from tools.visible_text import make_visible
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -76,12 +79,12 @@ def _leave_finite(value: object) -> object:
 def print_note(message: str) -> None:
     """Print a line on stderr that is good to know; nothing under --quiet."""
     if logging.getLogger("tools").getEffectiveLevel() < logging.ERROR:
-        open_console(stderr=True).print(message, soft_wrap=True)
+        open_console(stderr=True).print(make_visible(message, keep_lines=True), soft_wrap=True)
 
 
 def print_error(message: str) -> None:
     """Print what has gone wrong on stderr."""
-    open_console(stderr=True).print(message, style="red", soft_wrap=True)
+    open_console(stderr=True).print(make_visible(message, keep_lines=True), style="red", soft_wrap=True)
 
 
 def format_count(count: float) -> str:
@@ -161,7 +164,7 @@ def build_facts(facts: Sequence[tuple[str, object]]) -> Table:
     table.add_column(overflow="fold")
     for name, value in facts:
         if value is not None:
-            table.add_row(name, value if isinstance(value, Text) else Text(str(value)))
+            table.add_row(name, value if isinstance(value, Text) else Text(make_visible(str(value), keep_lines=True)))
     return table
 
 
@@ -190,7 +193,8 @@ def build_table(title: str | None, columns: Sequence[str], rows: Sequence[Sequen
             overflow="fold",
         )
     for row in rows:
-        table.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
+        cells = (cell if isinstance(cell, Text) else Text(make_visible(str(cell), keep_lines=True)) for cell in row)
+        table.add_row(*cells)
     return table
 
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from logitstore.errors import ConfigError
 from tools.look import build_table
-from tools.token_text import make_visible
+from tools.visible_text import make_visible
 
 if TYPE_CHECKING:
     from rich.table import Table

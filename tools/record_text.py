@@ -8,7 +8,7 @@ from rich.text import Text
 
 from tools.look import build_facts, build_table, format_count, format_entropy, format_loss, format_share
 from tools.record_view import Candidate, PositionView, RecordView
-from tools.token_text import make_visible
+from tools.visible_text import make_visible
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

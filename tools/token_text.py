@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -11,9 +10,6 @@ from logitstore.teacher.protocol import TeacherIdentity
 
 # The text of ids, given the id before them; None where no tokenizer can tell.
 FindText = Callable[[int | None, Sequence[int]], str | None]
-# Of format characters, those that join letters are text; the others would turn lines around, or are not to be seen.
-_JOINERS = "\u200c\u200d"
-_INVISIBLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
 def find_tokenizer_folder(name: str) -> str | None:
@@ -81,14 +77,3 @@ def find_plain_token(token_ids: Iterable[int], find_text: FindText) -> int | Non
         if text.isascii() and text.strip().isalpha():
             return int(token_id)
     return None
-
-
-def make_visible(text: str, *, keep_lines: bool = False) -> str:
-    """Text whose control characters and marks of direction, which would steer a terminal, are written as escapes.
-
-    Args:
-        text: any.
-        keep_lines: whether line ends and tabs stay what they are.
-    """
-    kept = _JOINERS + "\n\t" if keep_lines else _JOINERS
-    return "".join(repr(c)[1:-1] if c not in kept and unicodedata.category(c) in _INVISIBLE else c for c in text)

@@ -6,7 +6,7 @@ import pytest
 
 from tools import look
 from tools.record_text import find_style
-from tools.token_text import make_visible
+from tools.visible_text import make_visible
 
 
 @pytest.mark.parametrize(
@@ -52,6 +52,15 @@ def test_count_things_agrees_in_number(count: int, text: str) -> None:
 def test_make_visible_leaves_nothing_that_steers_a_terminal(text: str, line: str, lines: str) -> None:
     assert make_visible(text) == line
     assert make_visible(text, keep_lines=True) == lines
+
+
+def test_names_from_elsewhere_steer_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "teacher\x1b[2J\u202e"
+    look.print_result(look.build_facts([("teacher", name)]), look.build_table(None, ["teacher"], [[name]]))
+    look.print_error(name)
+    found = capsys.readouterr()
+    assert "\x1b" not in found.out + found.err
+    assert (found.out + found.err).count("teacher\\x1b[2J\\u202e") == 3
 
 
 def test_find_style_of_growing_entropy_passes_every_colour_once() -> None:

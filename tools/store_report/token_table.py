@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from logitstore.records import Record
-from tools.token_text import FindText, find_plain_token, make_visible
+from tools.token_text import FindText, find_plain_token
+from tools.visible_text import make_visible
 
 # What stands for bytes that are no character by themselves, and how many tokens one may be made of.
 _BROKEN = "\ufffd"
