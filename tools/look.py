@@ -2,8 +2,8 @@
 
 Results go to `print_result`, stdout; whatever else there is to say goes to stderr. Colours appear on terminals only,
 and neither they nor bold letters where NO_COLOR is set; piped output has a width of its own, so that it does not depend
-on who reads it. Progress is drawn on terminals alone that can draw a line again. What was read somewhere, such as names in
-a store, cannot steer a terminal: see `make_visible`.
+on who reads it. Progress is drawn on terminals alone that can draw a line again. Names that were read somewhere, in a
+store for example, steer no terminal: see `make_visible`.
 """
 
 from __future__ import annotations
