@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _Result = TypeVar("_Result")
 _ROWS_AT_A_TIME = 100_000
+_SECONDS_BETWEEN_INTERRUPTS = 0.05
 # Nothing is fetched from anywhere because a query names a function that an extension has.
 _CONFIG = {"autoinstall_known_extensions": False}
 _LATER = "; the views are " + ", ".join(VIEWS)
@@ -96,12 +97,17 @@ class _Waiting:
     def __init__(self, connection: duckdb.DuckDBPyConnection, url: str) -> None:
         self._connection, self._url = connection, url
         self._pool = ThreadPoolExecutor(1)
+        self._works: set[Future[Any]] = set()  # the one that is at work, if any
 
     def __enter__(self) -> _Waiting:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._connection.interrupt()  # whoever has seen enough rows does not wait for the others
+        # Whoever has seen enough rows does not wait for the others. Asked again and again: between two statements
+        # DuckDB forgets that it was interrupted.
+        self._connection.interrupt()
+        while wait(self._works, timeout=_SECONDS_BETWEEN_INTERRUPTS).not_done:
+            self._connection.interrupt()
         self._pool.shutdown()
 
     def run(self, work: Callable[[], _Result]) -> _Result:
@@ -112,8 +118,10 @@ class _Waiting:
         """
         import duckdb
 
+        future = self._pool.submit(work)
+        self._works = {future}
         try:
-            return self._pool.submit(work).result()
+            return future.result()
         except LogitStoreError:
             raise
         # Rows come through Arrow, whose errors keep of DuckDB's no more than the text.

@@ -300,12 +300,12 @@ def test_interrupt_is_heard_while_duckdb_computes(tmp_path: Path) -> None:
     endless = "SELECT sum(a.i * b.i) FROM range(9000000) AS a(i), range(9000000) AS b(i)"
     sql = f"COPY (SELECT 1) TO '{tmp_path}/started.csv'; {endless}"
     command = [sys.executable, "-m", "tools.query", store.url, sql]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        while not (tmp_path / "started.csv").exists():
-            assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-        assert "interrupted" in process.communicate(timeout=60)[1]
-        assert process.returncode == 130
-    finally:
-        process.kill()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            while not (tmp_path / "started.csv").exists():
+                assert process.poll() is None
+            process.send_signal(signal.SIGINT)
+            assert "interrupted" in process.communicate(timeout=60)[1]
+            assert process.returncode == 130
+        finally:
+            process.kill()
