@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -25,9 +26,16 @@ from logitstore.teacher.protocol import Method, TopKMethod
 
 
 def pytest_configure() -> None:
-    """One kind of authentication for every Ray that a test starts in this process: Ray reads it once, and its servers
-    in the process go by that ever after. Tests with Rays in processes of their own set theirs."""
+    """What the processes of a test run, and those that they start, have in common.
+
+    One kind of authentication for every Ray of this process: Ray reads it once, and its servers in the process go by
+    that ever after. Tests with Rays in processes of their own set theirs.
+
+    Ctrl-C is heard: a shell without job control has what it runs in the background ignore it, children included.
+    """
     os.environ["RAY_AUTH_MODE"] = "disabled"
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -40,7 +40,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
 ONE_CPU = WorkerDemand(cpus=1.0, gpus=0.0)
-STEPS = 120
+STEPS = 360
 # As Ray names processes that have such an actor.
 WORKER, TRIAL = "ray::RayTrainWorker", "ray::ImplicitFunc"
 MakeSettings = Callable[..., TrainSettings]
@@ -103,7 +103,7 @@ def test_run_whose_worker_is_killed_and_whose_machine_is_taken_away_makes_the_sa
             if result.step >= 30 and not killed:
                 killed.append(cluster.find(WORKER)[-1])
                 os.kill(killed[0], signal.SIGKILL)
-            elif result.step >= 70 and not drained:
+            elif result.step >= 100 and not drained:
                 node = cluster.find_node(cluster.find(WORKER)[0], nodes)
                 drained.append(node.node_id)
                 cluster.drain(node, seconds=120)
