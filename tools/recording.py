@@ -1,7 +1,7 @@
 """docs/session.md: what the commands of docs/tutorial.md print, recorded.
 
-`python -m tools.recording` runs the tutorial from its first line to its last in a folder of its own, a quarter of an
-hour on a busy machine, and prints the page. Needs the extra `quickstart`, and a checkout.
+`python -m tools.recording` runs the tutorial from its first line to its last in a folder of its own, a minute or
+two, and prints the page. Needs the extra `quickstart`, and a checkout.
 """
 
 from __future__ import annotations
