@@ -15,8 +15,8 @@ from collections.abc import Callable
 import numpy as np
 
 _LOG = logging.getLogger("logitstore.shard")
-# Entries that NumPy decodes first: a third of a second, and more than a first batch of a stream mostly takes. It is loaded
-# in the time of twice as many, and compiled in that of ten times.
+# Entries that NumPy decodes first: a third of a second, and more than a first batch of a stream mostly takes. In the
+# time of twice as many it is loaded, and compiled in that of ten times.
 PATIENCE_ENTRIES = 1 << 26
 # NumPy adds up to 128 values in eight lanes; longer rows it halves before.
 MOST_ENTRIES = 128
