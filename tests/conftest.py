@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -17,6 +18,8 @@ from made_up_draws import build_drawn_records
 from s3_server import BUCKET, S3Server, run_s3_server
 
 from logitstore.records import Record
+from logitstore.shard.codec import Codec, Float32Codec
+from logitstore.shard.writer import ShardSettings
 from logitstore.store.commit import Outcome, build_attempt, commit_unit
 from logitstore.store.files import StoreFiles
 from logitstore.store.logit_store import LogitStore
@@ -46,6 +49,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="pytest -m soak runs it"))
 
 
+@pytest.fixture(autouse=True)
+def _keep_loggers() -> Iterator[None]:
+    """What a command run in this process sets up of loggers is taken back: other tests read what is logged."""
+    loggers = [logging.getLogger(name) for name in (None, "logitstore", "trainer", "cluster", "tools")]
+    before = [(logger, logger.level, logger.handlers[:]) for logger in loggers]
+    yield
+    for logger, level, handlers in before:
+        logger.setLevel(level)
+        logger.handlers[:] = handlers
+
+
 @pytest.fixture
 def make_records() -> Callable[..., list[Record]]:
     return build_records
@@ -62,11 +76,13 @@ def build_store(tmp_path: Path) -> Callable[..., LogitStore]:
         records_per_unit: int = 20,
         sources: tuple[str, ...] = ("corpus",),
         method: Method | None = None,
+        codec: Codec | None = None,
         **record_options: Any,
     ) -> LogitStore:
         files = StoreFiles(url or str(tmp_path / "store"))
         method = method or TopKMethod(k=8)
-        plan = create_plan(files, build_plan(num_units, sources=sources, method=method))
+        shard = ShardSettings(codec=codec or Float32Codec(), row_group_bytes=2000)
+        plan = create_plan(files, build_plan(num_units, sources=sources, method=method, shard=shard))
         for unit in range(num_units):
             make = partial(build_drawn_records, kind=method.kind) if method.is_drawn else build_records
             records = make(records_per_unit, unit=unit, vocab_size=VOCAB_SIZE, **record_options)

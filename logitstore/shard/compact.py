@@ -19,7 +19,7 @@ import functools
 
 import numpy as np
 
-from logitstore.shard.compiled import find_decode_rows
+from logitstore.shard.compiled import ENTRIES_AT_A_TIME, Loops, find_loops
 
 _ROOT_LEVELS = 640
 _BREAK_LEVEL = 632
@@ -31,8 +31,7 @@ _LOWEST_LOGPROB = -1e6
 MAX_STEP = 2**16 - 1
 # The tables of levels are at least this long: down to 330 nats, which few positions exceed.
 _TABLE_LEVELS = 2048
-# Entries that are decoded at a time, and 1 in each of the four 16-bit parts of a word.
-_ENTRIES_AT_A_TIME = 1 << 15
+# 1 in each of the four 16-bit parts of a word.
 _FOUR_ONES = np.uint64(0x0001000100010001)
 # Mass missed by a teacher's own arithmetic, 1e-4 (see the invariants), and by rounding a tail t, 2^-9 · |t|·e^t.
 _MASS_SLACK = 1e-3
@@ -92,7 +91,7 @@ def encode_supports(ids: np.ndarray, logprobs: np.ndarray, counts: np.ndarray) -
 def _sort_runs(ids: np.ndarray, begins: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """[N] int32, ids sorted within runs; `begins` marks where runs begin, which each position does."""
     keys = np.cumsum(begins) << 32 | ids.astype(np.uint32)
-    uniform = _find_uniform_count(counts)
+    uniform = find_uniform_count(counts)
     keys = np.sort(keys.reshape(-1, uniform), axis=1).ravel() if uniform else np.sort(keys)
     return (keys & 0xFFFFFFFF).astype(np.uint32).view(np.int32)
 
@@ -113,16 +112,23 @@ def decode_steps(steps: np.ndarray, counts: np.ndarray, tail_logprob: np.ndarray
     if not len(steps):
         return np.zeros(0, dtype=np.float32)
     check_16_bits(steps, "steps")
-    uniform = _find_uniform_count(counts)
+    uniform = find_uniform_count(counts)
     if uniform:
-        return _decode_uniform(steps.reshape(-1, uniform), tail_logprob)
+        rows, mass = steps.reshape(-1, uniform), np.empty(len(counts))
+        decoded = np.empty(rows.shape, dtype=np.float32)
+        if (loops := find_loops(rows.shape)) is None:
+            _undo_by_numpy(rows, decoded, mass)
+        else:
+            undo_steps(steps.astype("<u2", copy=False).view(np.uint8).reshape(-1, 2).T, decoded, mass, loops)
+        rescale(mass, tail_logprob, decoded)
+        return decoded.ravel()
     levels = _sum_steps(steps, counts)
     logprob_of, prob_of = _build_tables(max(_TABLE_LEVELS, int(levels.max()) + 1))
     filled = counts > 0
     shift = _compute_shift(sum_positions(prob_of[levels], counts), tail_logprob[filled])
-    decoded: np.ndarray = logprob_of[levels]
-    decoded += np.repeat(shift, counts[filled])
-    return decoded
+    ragged: np.ndarray = logprob_of[levels]
+    ragged += np.repeat(shift, counts[filled])
+    return ragged
 
 
 def check_16_bits(values: np.ndarray, name: str) -> None:
@@ -134,20 +140,42 @@ def check_16_bits(values: np.ndarray, name: str) -> None:
         raise ValueError(f"expected {name} up to {MAX_STEP}, found {largest}")
 
 
-def _decode_uniform(steps: np.ndarray, tail_logprob: np.ndarray) -> np.ndarray:
-    """[P · K] float32, the same for [P, K] steps; in parts that stay in a core's cache, which takes half the time."""
-    decoded = np.empty(steps.shape, dtype=np.float32)
-    rows = max(1, _ENTRIES_AT_A_TIME // steps.shape[1])
-    decode_rows = find_decode_rows(steps.shape) if steps.dtype == np.int32 else None
+def undo_steps(planes: np.ndarray, logprobs: np.ndarray, mass: np.ndarray, loops: Loops | None) -> None:
+    """Fill [P, K] float32 `logprobs`, which are still to be rescaled, and [P] float64 `mass`, that of each support.
+
+    Args:
+        planes: [2 or more, P · K] uint8, low and high bytes of the steps, of 16 bits.
+        loops: what does it; NumPy where there are none, and where levels are far down.
+    """
+    if loops is not None and loops.decode_rows(planes, *_build_tables(_TABLE_LEVELS), logprobs, mass):
+        return
+    steps = planes[0].astype(np.uint16)
+    steps |= planes[1].astype(np.uint16) << np.uint16(8)
+    _undo_by_numpy(steps.reshape(logprobs.shape), logprobs, mass)
+
+
+def _undo_by_numpy(steps: np.ndarray, logprobs: np.ndarray, mass: np.ndarray) -> None:
+    """The same from [P, K] steps; in parts that stay in a core's cache, which takes half the time."""
+    rows = max(1, ENTRIES_AT_A_TIME // steps.shape[1])
     sums = _RowSums(min(rows, len(steps)), steps.shape[1])
     for start in range(0, len(steps), rows):
-        part, target = steps[start : start + rows], decoded[start : start + rows]
-        mass = np.empty(len(part))
-        tables = _build_tables(_TABLE_LEVELS)
-        if decode_rows is None or not decode_rows(part, *tables, target, mass):
-            mass = sums.decode(part, target)
-        target += _compute_shift(mass, tail_logprob[start : start + rows])[:, None]
-    return decoded.ravel()
+        part = slice(start, start + rows)
+        mass[part] = sums.decode(steps[part], logprobs[part])
+
+
+def rescale(mass: np.ndarray, tail_logprob: np.ndarray, logprobs: np.ndarray) -> None:
+    """Rescale supports of equally many entries to the mass that their tails leave.
+
+    Args:
+        mass: [P] float64, of each support, as `undo_steps` found it.
+        tail_logprob: [P] float32, nats.
+        logprobs: [P, K] float32 nats, changed.
+    """
+    shift = _compute_shift(mass, tail_logprob)
+    if (loops := find_loops((0, logprobs.shape[1]))) is not None:
+        loops.add_to_rows(shift, logprobs)
+    else:
+        logprobs += shift[:, None]
 
 
 def _compute_shift(mass: np.ndarray, tail_logprob: np.ndarray) -> np.ndarray:
@@ -190,14 +218,14 @@ def _find_starts(counts: np.ndarray) -> np.ndarray:
     return np.cumsum(filled) - filled
 
 
-def _find_uniform_count(counts: np.ndarray) -> int:
+def find_uniform_count(counts: np.ndarray) -> int:
     """Entries per position where all have equally many, else 0."""
     return int(counts[0]) if len(counts) and (counts == counts[0]).all() else 0
 
 
 def sum_positions(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """[P'] float64, sums over the entries of every position that has entries."""
-    uniform = _find_uniform_count(counts)
+    uniform = find_uniform_count(counts)
     if uniform:
         sums: np.ndarray = values.reshape(-1, uniform).sum(axis=1, dtype=np.float64)
         return sums

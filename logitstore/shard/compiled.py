@@ -1,8 +1,8 @@
-"""The compact codec's innermost loop as machine code, where numba is installed (`pip install logitstore[fast]`).
+"""The compact codec's innermost loops as machine code, where numba is installed (`pip install logitstore[fast]`).
 
-It gives the same bits as NumPy does: masses are added up in the order of NumPy's sums, and what takes a logarithm
-stays with NumPy. So it does not matter to a result whether, or from which row group on, it is used, and nothing is
-loaded before as much has been decoded as a command that looks at a few records never does.
+They give the same bits as NumPy does: masses are added up in the order of NumPy's sums, and what takes a logarithm
+stays with NumPy. So it does not matter to a result whether, or from which row group on, they are used, and nothing is
+loaded before as much has been decoded, or is going to be, as a command that looks at a few records never does.
 """
 
 from __future__ import annotations
@@ -11,25 +11,42 @@ import functools
 import logging
 import threading
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
 _LOG = logging.getLogger("logitstore.shard")
-# Entries that NumPy decodes first: a third of a second, and more than a first batch of a stream mostly takes. In the
-# time of twice as many it is loaded, and compiled in that of ten times.
+# Entries that NumPy decodes first, unless more are expected: it takes a third of a second for them. In the same time
+# the loops are loaded, and compiled in that of four times as many.
 PATIENCE_ENTRIES = 1 << 26
 # NumPy adds up to 128 values in eight lanes; longer rows it halves before.
 MOST_ENTRIES = 128
+# What is made on the way stays in a core's cache.
+ENTRIES_AT_A_TIME = 1 << 15
 
-DecodeRows = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray], bool]
+
+class Loops(NamedTuple):
+    """The functions of this module's end, compiled; they let go of the interpreter's lock."""
+
+    join_planes: Callable[[np.ndarray, np.ndarray], None]
+    decode_rows: Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray], bool]
+    add_to_rows: Callable[[np.ndarray, np.ndarray], None]
+
 
 _counting = threading.Lock()
 _loading = threading.Lock()
-_entries_decoded = 0
+_entries_decoded = 0  # or expected
 
 
-def find_decode_rows(shape: tuple[int, int]) -> DecodeRows | None:
-    """`decode_rows` compiled; None where it is not to be had, not worth loading yet, or being loaded by another thread.
+def expect_entries(number: int) -> None:
+    """Say that so many entries are going to be decoded, so that the loops are loaded now if that is worth it."""
+    global _entries_decoded
+    with _counting:
+        _entries_decoded += number
+
+
+def find_loops(shape: tuple[int, int]) -> Loops | None:
+    """The loops compiled; None where they are not to be had, not worth loading yet, or being loaded by another thread.
 
     Args:
         shape: of the steps that are to be decoded now.
@@ -42,80 +59,122 @@ def find_decode_rows(shape: tuple[int, int]) -> DecodeRows | None:
         is_patient = _entries_decoded < PATIENCE_ENTRIES
     if is_patient:
         return None
-    if compile_decode_rows.cache_info().currsize:
-        return compile_decode_rows()
+    if compile_loops.cache_info().currsize:
+        return compile_loops()
     if not _loading.acquire(blocking=False):
         return None
     try:
-        return compile_decode_rows()
+        return compile_loops()
     finally:
         _loading.release()
 
 
 @functools.lru_cache(maxsize=1)
-def compile_decode_rows() -> DecodeRows | None:
-    """`decode_rows` compiled, or loaded as it was compiled before; None where numba is missing or fits nothing here.
-
-    It lets go of the interpreter's lock.
-    """
+def compile_loops() -> Loops | None:
+    """The loops compiled, or loaded as they were compiled before; None where numba is missing or fits nothing here."""
     try:
         import numba
     except ImportError as error:
         _LOG.debug("NumPy decodes: %s", error)
         return None
-    steps, floats, doubles = (
-        numba.types.Array(kind, dimensions, "C", readonly=True)  # as Arrow's are; others are taken too
-        for kind, dimensions in ((numba.int32, 2), (numba.float32, 1), (numba.float64, 1))
+    # Memory is read-only where it is Arrow's; other memory is taken too. Planes are slices, or every other byte.
+    planes = numba.types.Array(numba.uint8, 2, "A", readonly=True)
+    floats, doubles = (numba.types.Array(kind, 1, "C", readonly=True) for kind in (numba.float32, numba.float64))
+    rows = numba.float32[:, ::1]
+    return Loops(
+        join_planes=_compile(join_planes, numba.void(planes, numba.int32[::1])),
+        decode_rows=_compile(decode_rows, numba.boolean(planes, floats, doubles, rows, numba.float64[::1])),
+        add_to_rows=_compile(add_to_rows, numba.void(floats, rows)),
     )
-    signature = numba.boolean(steps, floats, doubles, numba.float32[:, ::1], numba.float64[::1])
+
+
+def _compile(loop: Callable[..., Any], signature: object) -> Callable[..., Any]:
+    import numba
+
     try:
-        compiled: DecodeRows = numba.njit(signature, nogil=True, cache=True)(decode_rows)
+        compiled: Callable[..., Any] = numba.njit(signature, nogil=True, cache=True)(loop)
     except RuntimeError as error:  # no folder to keep it in
         _LOG.debug("compiled for this process alone: %s", error)
-        compiled = numba.njit(signature, nogil=True)(decode_rows)
+        compiled = numba.njit(signature, nogil=True)(loop)
     return compiled
 
 
+def join_planes(planes: np.ndarray, values: np.ndarray) -> None:
+    """Fill [N] int32 `values` from [2 to 4, N] uint8, their lowest bytes, …, their highest; those left out are 0."""
+    lowest, low = planes[0], planes[1]
+    if len(planes) == 2:
+        for index in range(len(values)):
+            values[index] = np.int32(lowest[index]) | np.int32(low[index]) << 8
+        return
+    high = planes[2]
+    if len(planes) == 3:
+        for index in range(len(values)):
+            values[index] = np.int32(lowest[index]) | np.int32(low[index]) << 8 | np.int32(high[index]) << 16
+        return
+    highest = planes[3]
+    for index in range(len(values)):
+        values[index] = (
+            np.int32(lowest[index])
+            | np.int32(low[index]) << 8
+            | np.int32(high[index]) << 16
+            | np.int32(highest[index]) << 24
+        )
+
+
 def decode_rows(
-    steps: np.ndarray, logprob_of: np.ndarray, prob_of: np.ndarray, logprobs: np.ndarray, mass: np.ndarray
+    planes: np.ndarray, logprob_of: np.ndarray, prob_of: np.ndarray, logprobs: np.ndarray, mass: np.ndarray
 ) -> bool:
     """Undo the steps of supports of K entries each, at most `MOST_ENTRIES`.
 
     Args:
-        steps: [P, K] int32.
+        planes: [2 or more, P · K] uint8, the low bytes of the steps and the high ones; further ones mean nothing.
         logprob_of, prob_of: [L] float32 nats and float64, of the first levels.
         logprobs: [P, K] float32, filled with every entry's logprob before rescaling.
         mass: [P] float64, filled with the sums of the positions' probabilities.
     Returns:
-        False where a step is no number of 16 bits or a level is not in the tables: what was filled in is worth nothing.
+        False where a level is not in the tables: what was filled in is worth nothing.
     """
-    num_entries = steps.shape[1]
+    num_positions, num_entries = logprobs.shape
     in_lanes = num_entries - num_entries % 8 if num_entries >= 8 else 0
-    probs = np.empty(num_entries)
-    for position in range(len(steps)):
-        level = 0
-        for entry in range(num_entries):
-            step = steps[position, entry]
-            level += step
-            if step & ~0xFFFF or level >= len(logprob_of):
-                return False
-            logprobs[position, entry] = logprob_of[level]
-            probs[entry] = prob_of[level]
-        total = 0.0
-        if in_lanes:
-            lane0, lane1, lane2, lane3 = probs[0], probs[1], probs[2], probs[3]
-            lane4, lane5, lane6, lane7 = probs[4], probs[5], probs[6], probs[7]
-            for entry in range(8, in_lanes, 8):
-                lane0 += probs[entry]
-                lane1 += probs[entry + 1]
-                lane2 += probs[entry + 2]
-                lane3 += probs[entry + 3]
-                lane4 += probs[entry + 4]
-                lane5 += probs[entry + 5]
-                lane6 += probs[entry + 6]
-                lane7 += probs[entry + 7]
-            total = ((lane0 + lane1) + (lane2 + lane3)) + ((lane4 + lane5) + (lane6 + lane7))
-        for entry in range(in_lanes, num_entries):
-            total += probs[entry]
-        mass[position] = total
+    at_a_time = max(1, ENTRIES_AT_A_TIME // num_entries)
+    steps, probs = np.empty(at_a_time * num_entries, dtype=np.uint16), np.empty(num_entries)
+    for start in range(0, num_positions, at_a_time):
+        stop = min(start + at_a_time, num_positions)
+        begin, end = start * num_entries, stop * num_entries
+        low, high = planes[0, begin:end], planes[1, begin:end]
+        for index in range(len(low)):
+            steps[index] = np.uint16(low[index]) | np.uint16(high[index]) << 8
+        for position in range(start, stop):
+            first = (position - start) * num_entries
+            level = 0
+            for entry in range(num_entries):
+                level += int(steps[first + entry])
+                if level >= len(logprob_of):
+                    return False
+                logprobs[position, entry] = logprob_of[level]
+                probs[entry] = prob_of[level]
+            total = 0.0
+            if in_lanes:
+                lane0, lane1, lane2, lane3 = probs[0], probs[1], probs[2], probs[3]
+                lane4, lane5, lane6, lane7 = probs[4], probs[5], probs[6], probs[7]
+                for entry in range(8, in_lanes, 8):
+                    lane0 += probs[entry]
+                    lane1 += probs[entry + 1]
+                    lane2 += probs[entry + 2]
+                    lane3 += probs[entry + 3]
+                    lane4 += probs[entry + 4]
+                    lane5 += probs[entry + 5]
+                    lane6 += probs[entry + 6]
+                    lane7 += probs[entry + 7]
+                total = ((lane0 + lane1) + (lane2 + lane3)) + ((lane4 + lane5) + (lane6 + lane7))
+            for entry in range(in_lanes, num_entries):
+                total += probs[entry]
+            mass[position] = total
     return True
+
+
+def add_to_rows(added: np.ndarray, rows: np.ndarray) -> None:
+    """Add [P] float32 to [P, K] float32, to every entry of a row the same."""
+    for row in range(len(rows)):
+        for entry in range(rows.shape[1]):
+            rows[row, entry] += added[row]

@@ -193,6 +193,8 @@ def build_batch(
     codec: Codec,
     temperatures: tuple[float, ...] = (),
     flat: Mapping[str, np.ndarray] = MappingProxyType({}),
+    *,
+    with_supports: bool = True,
 ) -> RecordBatch:
     """Record batch from the columns of a shard, its values decoded; those of documents and draws may be absent.
 
@@ -200,6 +202,8 @@ def build_batch(
         table: the columns.
         codec, temperatures: as the shard's header has them.
         flat: values of further columns, the lists of each joined; those of 16 bits may come in 32.
+        with_supports: or else the batch has the counts and offsets of supports and none of their entries; the columns
+            of these need not be there.
 
     Raises:
         ValueError, LookupError: the columns do not fit together.
@@ -210,6 +214,8 @@ def build_batch(
         for name, column in columns.items()
         if pa.types.is_list(column.type) and name != "document_ids"
     } | dict(flat)
+    if not with_supports:
+        values["support_ids"] = np.empty(0, dtype=np.int32)
     signal = {name: values[name] for name in _PLAIN_COLUMNS}
     position_offsets = _read_offsets(columns["loss_mask"])
     support_offsets = _sum_counts(signal["support_counts"], position_offsets)
@@ -217,7 +223,7 @@ def build_batch(
     if draws is not None:
         check_16_bits(draws, "draws")
         draws = draws.astype(np.uint16, copy=False)
-    for name in values.keys() & {*SPLIT_COLUMNS, "support_counts"}:
+    for name in values.keys() & {*SPLIT_COLUMNS, "support_counts"} - (set() if with_supports else {"support_ids"}):
         expected = _find_offsets(name, position_offsets, support_offsets, len(temperatures))
         found = _read_offsets(columns[name]) if name in columns else np.array([0, len(values[name])])
         if not np.array_equal(found, expected if name in columns else expected[[0, -1]]):
@@ -231,7 +237,9 @@ def build_batch(
         documents=_read_documents(columns, values) if "document_ids" in columns else None,
         support_logprobs=decode_supports(
             codec, values[codec.value_column], draws, signal["support_counts"], signal["tail_logprob"]
-        ),
+        )
+        if with_supports
+        else np.empty(0, dtype=np.float32),
         support_draws=draws,
         temperatures=temperatures,
         tempered_logsumexp=None if tempered is None else tempered.reshape(-1, len(temperatures)),

@@ -7,15 +7,19 @@ import hashlib
 import io
 from contextlib import AbstractContextManager
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from logitstore.errors import CorruptShardError
 from logitstore.records import RecordBatch
+from logitstore.shard.digests import has_sha256
 from logitstore.shard.exit_guard import hold_exit
-from logitstore.shard.flat_columns import read_flat_columns
 from logitstore.shard.layout import SPLIT_COLUMNS, ShardHeader, build_batch, list_columns, read_header
+from logitstore.shard.packed import PackedRowGroup, pack_supports
+from logitstore.shard.pages import Pages, read_pages
+
+# Of bytes that are no shard's, or columns that do not fit together.
+_DECODING_ERRORS = (pa.ArrowException, OSError, LookupError, ValueError, TypeError)
 
 
 def check_digest(data: bytes, expected_bytes: int, expected_sha256: str, *, where: str, what_to_do: str) -> None:
@@ -26,8 +30,8 @@ def check_digest(data: bytes, expected_bytes: int, expected_sha256: str, *, wher
     """
     if len(data) != expected_bytes:
         raise CorruptShardError(f"{where}: expected {expected_bytes} bytes, found {len(data)}; {what_to_do}")
-    found = hashlib.sha256(data).hexdigest()
-    if found != expected_sha256:
+    if not has_sha256(data, bytes.fromhex(expected_sha256)):
+        found = hashlib.sha256(data).hexdigest()
         raise CorruptShardError(
             f"{where}: the bytes are not the ones that were committed\n  sha256 in the commit: {expected_sha256}\n"
             f"  sha256 of the bytes:  {found}\n{what_to_do}"
@@ -86,33 +90,83 @@ def decode_row_group(
     Raises:
         CorruptShardError: the bytes cannot be decoded.
     """
-    columns = list_columns(header, with_documents=with_documents)
     try:
-        flat = {} if is_thorough else _read_flat(metadata, row_group, offset, data, columns)
-        # Neither pre-buffered nor read by threads: a thread of Arrow's that lets go of these Python objects while the
-        # interpreter shuts down ends the process.
-        file = pq.ParquetFile(
-            pa.PythonFile(_FileWindow(offset, data), mode="r"),
-            metadata=metadata,
-            page_checksum_verification=True,
-            pre_buffer=False,
-        )
-        nested = [name for name in columns if name not in flat]
-        table = file.read_row_group(row_group, columns=nested, use_threads=False)
+        table, pages = _open_row_group(metadata, header, row_group, offset, data, with_documents, is_thorough)
+        flat = {name: column.join() for name, column in pages.items()}
         with computing:
             return build_batch(table, header.codec, header.temperatures, flat)
-    except (pa.ArrowException, OSError, LookupError, ValueError, TypeError) as error:  # or columns that do not fit
+    except _DECODING_ERRORS as error:
         raise CorruptShardError(f"{where}: row group {row_group} cannot be decoded: {error}") from error
 
 
-def _read_flat(
+@hold_exit()
+def pack_row_group(
+    metadata: pq.FileMetaData,
+    header: ShardHeader,
+    row_group: int,
+    offset: int,
+    data: bytes,
+    *,
+    with_documents: bool,
+    where: str,
+    computing: AbstractContextManager[object] = contextlib.nullcontext(),  # noqa: B008  # holds nothing
+) -> RecordBatch | PackedRowGroup:
+    """One row group whose supports are decoded when they are wanted, if that can be; see `decode_row_group`.
+
+    Raises:
+        CorruptShardError: the bytes cannot be decoded.
+    """
+    codec, temperatures = header.codec, header.temperatures
+    try:
+        table, pages = _open_row_group(metadata, header, row_group, offset, data, with_documents, is_thorough=False)
+        entries = {"support_ids", codec.value_column}
+        flat = {name: column.join() for name, column in pages.items() if name not in entries}
+        if entries <= pages.keys() and not header.is_drawn:
+            with computing:
+                columns = build_batch(table, codec, temperatures, flat, with_supports=False)
+            ids, values = pages["support_ids"], pages[codec.value_column]
+            supports = pack_supports(ids, values, columns.support_counts, are_steps=codec.kind == "compact")
+            if supports is not None:
+                return PackedRowGroup(columns=columns, supports=supports)
+        flat |= {name: pages[name].join() for name in entries & pages.keys()}
+        with computing:
+            return build_batch(table, codec, temperatures, flat)
+    except _DECODING_ERRORS as error:
+        raise CorruptShardError(f"{where}: row group {row_group} cannot be decoded: {error}") from error
+
+
+def _open_row_group(
+    metadata: pq.FileMetaData,
+    header: ShardHeader,
+    row_group: int,
+    offset: int,
+    data: bytes,
+    with_documents: bool,
+    is_thorough: bool,
+) -> tuple[pa.Table, dict[str, Pages]]:
+    """The columns of a row group: pages of nearly all of it, and a table of the others."""
+    columns = list_columns(header, with_documents=with_documents)
+    pages = {} if is_thorough else _read_pages(metadata, row_group, offset, data, columns)
+    # Neither pre-buffered nor read by threads: a thread of Arrow's that lets go of these Python objects while the
+    # interpreter shuts down ends the process.
+    file = pq.ParquetFile(
+        pa.PythonFile(_FileWindow(offset, data), mode="r"),
+        metadata=metadata,
+        page_checksum_verification=True,
+        pre_buffer=False,
+    )
+    others = [name for name in columns if name not in pages]
+    return file.read_row_group(row_group, columns=others, use_threads=False), pages
+
+
+def _read_pages(
     metadata: pq.FileMetaData, row_group: int, offset: int, data: bytes, columns: list[str]
-) -> dict[str, np.ndarray]:
-    """Values of the columns that make up nearly all of a row group, of those that can be read without their lists."""
+) -> dict[str, Pages]:
+    """Of the columns that make up nearly all of a row group, those that can be read without their lists."""
     found = metadata.row_group(row_group)
     chunks = [found.column(index) for index in range(found.num_columns)]
     named = {chunk.path_in_schema.partition(".")[0]: chunk for chunk in chunks}
-    return read_flat_columns({name: named[name] for name in columns if name in SPLIT_COLUMNS}, offset, data)
+    return read_pages({name: named[name] for name in columns if name in SPLIT_COLUMNS}, offset, data)
 
 
 class _FileWindow(io.RawIOBase):

@@ -23,7 +23,8 @@ from logitstore.errors import (
 )
 from logitstore.records import Record, RecordAddress, RecordBatch
 from logitstore.shard.layout import ShardHeader
-from logitstore.shard.reader import check_digest, decode_row_group, read_footer
+from logitstore.shard.packed import PackedRowGroup
+from logitstore.shard.reader import check_digest, decode_row_group, pack_row_group, read_footer
 from logitstore.shard.record_statistics import RecordStatistics, read_statistics
 from logitstore.store.files import StoreFiles
 from logitstore.store.manifest import Manifest, list_manifests, read_manifest, take_snapshot
@@ -35,6 +36,8 @@ __all__ = ["LogitStore", "StoreStatistics"]
 _LOG = logging.getLogger(__name__)
 # Footers kept, as bytes: a large shard's has 100 KB of them, which parse in half a millisecond to ten times as much.
 _FOOTERS_KEPT = 512
+# Of those that are kept parsed: some 10 MB.
+_MOST_PARSED_BYTES = 1 << 20
 # Before the second, third and fourth try of a read that failed: longer than the hiccups that clients do not ride out.
 RETRY_WAITS_SECONDS = (1.0, 5.0, 20.0)
 
@@ -81,14 +84,16 @@ class LogitStore:
         self._shards = manifest.read_units("unit", "file", "file_bytes", "footer_offset", "footer_sha256")
         self._digests = manifest.digests
         self._offsets = rows["offset"].to_numpy()
-        self._bytes = rows["bytes"].to_numpy()
+        self.row_group_bytes: np.ndarray = rows["bytes"].to_numpy()
         if cache is not None:
-            cache.check_holds(int(self._bytes.max(initial=0)), f"the largest row group of {files.url}")
+            cache.check_holds(int(self.row_group_bytes.max(initial=0)), f"the largest row group of {files.url}")
         self._row_group_in_file = rows["row_group"].to_numpy()
         self.row_group_units: np.ndarray = rows["unit"].to_numpy()
         self.row_group_records: np.ndarray = rows["records"].to_numpy()
         self._first_records = np.concatenate([[0], np.cumsum(self.row_group_records)])
         self._footers: OrderedDict[str, bytes] = OrderedDict()
+        self._parsed_footers: dict[str, tuple[pq.FileMetaData, ShardHeader]] = {}
+        self._parsed_bytes = 0
         self._lock, self._computing = threading.Lock(), threading.Lock()
         self._last: tuple[int, RecordBatch] | None = None
 
@@ -202,17 +207,25 @@ class LogitStore:
             CorruptShardError: names the file and the row group.
             OutsideError: the storage failed.
         """
-        where = f"{self.url}/{self._get_path(row_group)}: row group {int(self._row_group_in_file[row_group])}"
+        batch: RecordBatch = self._read_row_group(decode_row_group, row_group, with_documents)
+        return batch
+
+    def read_packed_row_group(self, row_group: int, *, with_documents: bool = False) -> RecordBatch | PackedRowGroup:
+        """The same, with supports that are decoded when they are wanted, where that is possible and saves time."""
+        packed: RecordBatch | PackedRowGroup = self._read_row_group(pack_row_group, row_group, with_documents)
+        return packed
+
+    def _read_row_group(self, decode: Callable[..., Any], row_group: int, with_documents: bool) -> Any:
         data = self.read_row_group_bytes(row_group)
         metadata, header = self._get_footer(row_group)
-        return decode_row_group(
+        return decode(
             metadata,
             header,
             int(self._row_group_in_file[row_group]),
             int(self._offsets[row_group]),
             data,
             with_documents=with_documents,
-            where=where,
+            where=f"{self.url}/{self._get_path(row_group)}: row group {int(self._row_group_in_file[row_group])}",
             computing=self._computing,
         )
 
@@ -222,7 +235,7 @@ class LogitStore:
         return self._read_verified(
             row_group,
             start,
-            start + int(self._bytes[row_group]),
+            start + int(self.row_group_bytes[row_group]),
             self._digests[row_group].tobytes(),
             f"row group {int(self._row_group_in_file[row_group])}",
         )
@@ -286,7 +299,10 @@ class LogitStore:
     def _get_footer(self, row_group: int) -> tuple[pq.FileMetaData, ShardHeader]:
         path = self._get_path(row_group)
         with self._lock:
+            parsed = self._parsed_footers.get(path)
             footer = self._footers.get(path)
+        if parsed is not None:
+            return parsed
         if footer is None:
             footer = self._read_footer_bytes(row_group)
         metadata, header = read_footer(footer, f"{self.url}/{path}")
@@ -300,6 +316,10 @@ class LogitStore:
             self._footers.move_to_end(path)
             while len(self._footers) > _FOOTERS_KEPT:
                 self._footers.popitem(last=False)
+            # The first ones stay: a stream of more shards than these meets each too seldom to find it here.
+            if self._parsed_bytes + len(footer) <= _MOST_PARSED_BYTES and path not in self._parsed_footers:
+                self._parsed_footers[path] = metadata, header
+                self._parsed_bytes += len(footer)
         return metadata, header
 
     def _read_footer_bytes(self, row_group: int) -> bytes:

@@ -1,18 +1,23 @@
-"""Parts of a record batch: some of its records in any order, or the first slots of every support.
+"""Batches made of batches: records of several, some of one in any order, or the first slots of every support.
 
-Both are made of whole columns at a time, whatever the number of records and positions.
+All are made of whole columns at a time, whatever the number of records and positions.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import groupby
 from typing import Any, TypeVar
 
 import numpy as np
 
 from logitstore.errors import ConfigError, ShapeError
 from logitstore.records import RecordBatch
+from logitstore.shard.compact import rescale
+from logitstore.shard.packed import PackedRowGroup
 from logitstore.store.aligned_records import AlignedBatch
+from logitstore.stream.batch_memory import BatchMemory
 from logitstore.stream.ranges import join_ranges
 
 BatchT = TypeVar("BatchT", bound=RecordBatch)
@@ -26,6 +31,95 @@ _OF_POSITIONS = (
     "tempered_logsumexp",
 )
 _OF_ENTRIES = ("support_ids", "support_logprobs", "support_draws")
+
+
+def join_records(parts: Sequence[tuple[RecordBatch | PackedRowGroup, int]], memory: BatchMemory) -> RecordBatch:
+    """A batch of records of several batches, in order; the columns are copied, and packed supports decoded.
+
+    Args:
+        parts: batches with the same columns and places in them, [B] of both, at least one.
+        memory: where the supports go.
+    """
+    batches = [part.columns if isinstance(part, PackedRowGroup) else part for part, _ in parts]
+    places = [place for _, place in parts]
+    positions, entries = (
+        [slice(*offsets[place : place + 2].tolist()) for offsets, place in zip(of_batches, places, strict=True)]
+        for of_batches in ([b.position_offsets for b in batches], [b.support_offsets for b in batches])
+    )
+    # A record has one token more than positions, so its tokens are shifted by one for every record before it.
+    tokens = [slice(part.start + place, part.stop + place + 1) for part, place in zip(positions, places, strict=True)]
+    chosen = {
+        _OF_RECORDS: [slice(place, place + 1) for place in places],
+        _OF_POSITIONS: positions,
+        ("token_ids",): tokens,
+        ("support_draws",): entries,
+    }
+    first = batches[0]
+    columns: dict[str, Any] = {
+        name: None
+        if getattr(first, name) is None
+        else _join_column([getattr(batch, name)[part] for batch, part in zip(batches, of_name, strict=True)])
+        for names, of_name in chosen.items()
+        for name in names
+    }
+    support_offsets = _sum_up([part.stop - part.start for part in entries])
+    ids, logprobs = (memory.take(int(support_offsets[-1]), dtype) for dtype in (np.int32, np.float32))
+    _join_supports([part for part, _ in parts], positions, entries, columns["tail_logprob"], ids, logprobs)
+    columns.update(
+        position_offsets=_sum_up([part.stop - part.start for part in positions]),
+        support_offsets=support_offsets,
+        support_ids=ids,
+        support_logprobs=logprobs,
+        temperatures=first.temperatures,
+        documents=tuple(b.documents[place] if b.documents else () for b, place in zip(batches, places, strict=True)),
+    )
+    if not isinstance(first, AlignedBatch):
+        return RecordBatch(**columns)
+    further = zip(*(batch.further for batch in batches if isinstance(batch, AlignedBatch)), strict=True)
+    return AlignedBatch(
+        **columns, further=tuple(join_records(list(zip(of_store, places, strict=True)), memory) for of_store in further)
+    )
+
+
+def _join_column(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """The parts joined, a copy.
+
+    NumPy lets go of the interpreter's lock for each part; among threads that all want it, getting it back takes longer
+    than the copy.
+    """
+    joined = bytearray().join([part.data for part in parts])
+    column: np.ndarray = np.frombuffer(joined, dtype=parts[0].dtype) if joined else np.concatenate(parts)
+    return column.reshape(-1, *parts[0].shape[1:])
+
+
+def _join_supports(
+    parts: Sequence[RecordBatch | PackedRowGroup],
+    positions: Sequence[slice],
+    entries: Sequence[slice],
+    tail_logprob: np.ndarray,
+    ids: np.ndarray,
+    logprobs: np.ndarray,
+) -> None:
+    """Fill [N] int32 `ids` and [N] float32 `logprobs` with those of parts of batches; `tail_logprob` is [P], joined."""
+    mass, position, entry = np.empty(len(tail_logprob)), 0, 0
+    for num_entries, run in groupby(zip(parts, positions, entries, strict=True), key=_count_rescaled_entries):
+        first_position, first_entry = position, entry
+        for part, of_positions, of_entries in run:
+            stop = position + of_positions.stop - of_positions.start
+            target = slice(entry, entry + of_entries.stop - of_entries.start)
+            if isinstance(part, PackedRowGroup):
+                part.supports.unpack(of_entries, ids[target], logprobs[target], mass[position:stop])
+            else:
+                ids[target], logprobs[target] = part.support_ids[of_entries], part.support_logprobs[of_entries]
+            position, entry = stop, target.stop
+        if num_entries:
+            of_run = slice(first_position, position)
+            rescale(mass[of_run], tail_logprob[of_run], logprobs[first_entry:entry].reshape(-1, num_entries))
+
+
+def _count_rescaled_entries(found: tuple[RecordBatch | PackedRowGroup, slice, slice]) -> int:
+    """Entries of each of a part's positions where its supports are still to be rescaled, else 0."""
+    return found[0].supports.num_entries if isinstance(found[0], PackedRowGroup) else 0
 
 
 def take_records(batch: BatchT, places: np.ndarray) -> BatchT:
@@ -105,6 +199,6 @@ def first_slots(batch: BatchT, k: int) -> BatchT:
     )
 
 
-def _sum_up(lengths: np.ndarray) -> np.ndarray:
+def _sum_up(lengths: np.ndarray | Sequence[int]) -> np.ndarray:
     """[· + 1] int64, where each of the joined parts starts, and the end."""
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])

@@ -2,8 +2,8 @@
 
 What the cache promises, and how:
 
-1. *The right bytes.* An entry is a file named by the SHA-256 of its bytes, and that digest is computed again whenever
-   the file is read. One that does not fit (a flipped bit, a power cut, a file put there by hand) is removed, fetched
+1. *The right bytes.* An entry is a file named by the SHA-256 of its bytes, and is held to it whenever it is read (see
+   `shard.digests`). One that does not fit (a flipped bit, a power cut, a file put there by hand) is removed, fetched
    from the store again, and counted; a reader notices nothing but the time. What comes from the store was held to the
    same digest, which the manifest names, before it is kept. So no file in the folder can change a record, whoever
    wrote it, and stores that have bytes in common share them.
@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import logging
 import os
 import threading
@@ -42,6 +41,7 @@ from pydantic import ByteSize, Field
 
 from logitstore.errors import ConfigError
 from logitstore.settings import Settings
+from logitstore.shard.digests import has_sha256
 from logitstore.stream.cache_folder import Claim, claim_entry, get_entry_path, make_room
 
 _LOG = logging.getLogger(__name__)
@@ -186,7 +186,7 @@ class RowGroupCache:
             with path.open("rb") as file:
                 stat = os.fstat(file.fileno())
                 data = file.read() if stat.st_size == num_bytes else b""
-            if len(data) == num_bytes and hashlib.sha256(data).hexdigest() == digest:
+            if len(data) == num_bytes and has_sha256(data, bytes.fromhex(digest)):
                 self._note_hit(path, num_bytes, stat.st_mtime_ns)
                 return data
             found = f"{stat.st_size} bytes" if stat.st_size != num_bytes else "bytes of another digest"

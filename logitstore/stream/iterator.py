@@ -12,6 +12,7 @@ import numpy as np
 
 from logitstore.errors import ConfigError, IncompatibleStoreError
 from logitstore.records import RecordBatch
+from logitstore.shard.compiled import expect_entries
 from logitstore.store.aligned_stores import AlignedStores
 from logitstore.store.logit_store import LogitStore
 from logitstore.stream.mixture import MixtureOrder
@@ -123,7 +124,7 @@ class RecordStream:
         self._origin: tuple[Mapping[str, Any] | None, int] = (None, 0)
         self._fingerprint: str | None = None
         self._ahead: ReadAhead | None = None
-        self._is_closed = False
+        self._is_closed = self._is_under_way = False
         self.data_wait_seconds = 0.0
         self.order = self._build_order()
 
@@ -165,6 +166,9 @@ class RecordStream:
             batch = self._take()
         finally:
             self.data_wait_seconds += time.perf_counter() - started
+        if not self._is_under_way:  # not before: the first batch would wait for what only pays off over many
+            self._is_under_way = True
+            expect_entries(self._reader.estimate_entries() // self.world_size)
         self._step = skip_steps(self._step + 1, self._skip)
         return batch
 
@@ -239,7 +243,7 @@ class RecordStream:
             if ahead is None:
                 # The threads have an order of their own: one that is asked from two sides at once would be mixed up.
                 plan = ReadPlan(self._build_order(), **self._plan_options, step=self._step)
-                ahead = ReadAhead(plan, read=self._reader.read, join=self._reader.join, threads=self._threads)
+                ahead = ReadAhead(plan, read=self._reader.read_packed, join=self._reader.join, threads=self._threads)
                 self._ahead = ahead
             try:
                 step, batch = ahead.take()

@@ -17,13 +17,15 @@ from typing import NoReturn
 from logitstore.errors import ConfigError
 from logitstore.records import RecordBatch
 from logitstore.shard.exit_guard import hold_exit, is_leaving
+from logitstore.shard.packed import PackedRowGroup
 from logitstore.stream.read_plan import ReadPlan
 
 # Joined batches that wait for the caller, besides one that waits for its place: they even out unequal steps.
 _BATCHES_READY = 1
 
-Read = Callable[[int], RecordBatch]
-Join = Callable[[Sequence[tuple[RecordBatch, int]]], RecordBatch]
+Records = RecordBatch | PackedRowGroup
+Read = Callable[[int], Records]
+Join = Callable[[Sequence[tuple[Records, int]]], RecordBatch]
 
 
 class ClosedError(Exception):
@@ -95,7 +97,7 @@ class _Work:
         self._lock = lock
         self._asked: deque[int] = deque()
         # None while a row group is being read or waits for a thread.
-        self._row_groups: dict[int, RecordBatch | _Failure | None] = {}
+        self._row_groups: dict[int, Records | _Failure | None] = {}
         self._ready: deque[tuple[int, RecordBatch | _Failure]] = deque()
         self._is_paused = self._has_ended = False
 
@@ -139,7 +141,7 @@ class _Work:
                 row_group = self._asked.popleft()
                 if row_group not in self._row_groups:
                     continue  # let go of meanwhile
-            found: RecordBatch | _Failure
+            found: Records | _Failure
             try:
                 found = self._read(row_group)
             except BaseException as error:  # noqa: BLE001  # the loop is to have it, whatever it is
@@ -200,7 +202,7 @@ class _Work:
                 self._asked.append(row_group)
                 self._asked_more.notify()
 
-    def _wait_for(self, row_group: int) -> RecordBatch:
+    def _wait_for(self, row_group: int) -> Records:
         with self._lock:
             self._ask(row_group)  # it was, unless an error came between
             while not self._has_ended and self._row_groups[row_group] is None:

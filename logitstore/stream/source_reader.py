@@ -12,12 +12,15 @@ import numpy as np
 
 from logitstore.errors import IncompatibleStoreError
 from logitstore.records import Record, RecordAddress, RecordBatch, Signal
+from logitstore.shard.packed import PackedRowGroup
 from logitstore.store.aligned_records import AlignedBatch, AlignedRecord
 from logitstore.store.aligned_stores import AlignedStores
 from logitstore.store.logit_store import LogitStore
-from logitstore.stream.batches import take_records
+from logitstore.stream.batch_memory import BatchMemory
+from logitstore.stream.batches import join_records, take_records
 from logitstore.stream.source import StreamSource
 
+_ENTRY_BYTES = 3  # compressed, of an id and a logprob, which are nearly all of a row group
 StoreT = TypeVar("StoreT", bound=LogitStore | AlignedStores)
 
 
@@ -37,7 +40,17 @@ class SourceReader:
         self._with_documents = with_documents
         self._stores = tuple(store for source in sources for store in source.stores)
         self._starts = np.cumsum([0, *(len(source.records.row_groups) for source in sources)])
+        self._memory = BatchMemory()
         self._batch_type = AlignedBatch if isinstance(sources[0].store, AlignedStores) else RecordBatch
+
+    def estimate_entries(self) -> int:
+        """About how many support entries all records have, from the bytes of their stores."""
+        num_bytes = sum(
+            int(store.row_group_bytes.sum()) * int(source.records.counts.sum()) / max(1, len(source.store))
+            for source in self.sources
+            for store in source.stores
+        )
+        return int(num_bytes / _ENTRY_BYTES)
 
     def read(self, row_group: int) -> RecordBatch:
         """The records that a source has in one of its row groups, in a batch that holds no others.
@@ -45,26 +58,43 @@ class SourceReader:
         Raises:
             CorruptShardError, OutsideError: as in `LogitStore.read_row_group`.
         """
-        number = int(np.searchsorted(self._starts, row_group, side="right")) - 1
-        source, index = self.sources[number], row_group - int(self._starts[number])
-        records = source.records
-        batch = source.store.read_row_group(int(records.row_groups[index]), with_documents=self._with_documents)
-        if len(self.sources) > 1:
-            batch = replace(batch, stream_sources=np.full(len(batch), number))
-        count = int(records.counts[index])
-        if count == len(batch):
-            return batch
-        _, places = records.locate(np.full(count, index), np.arange(count))
-        return take_records(batch, places)
+        number, index = self._locate(row_group)
+        records = self.sources[number].records
+        place, count = int(records.row_groups[index]), int(records.counts[index])
+        batch: RecordBatch = self.sources[number].store.read_row_group(place, with_documents=self._with_documents)
+        if count != len(batch):
+            _, places = records.locate(np.full(count, index), np.arange(count))
+            batch = take_records(batch, places)
+        return self._name_source(batch, number)
 
-    def join(self, parts: Sequence[tuple[RecordBatch, int]]) -> RecordBatch:
-        """A batch of records, given as batches that `read` returned and places in them; there may be none."""
-        if not parts:  # the rank's part of a short batch; its columns are those of any other
-            record = build_empty_record(self.sources[0])
-            return take_records(self._batch_type.from_records([record]), np.zeros(0, dtype=np.int64))
-        joined = self._batch_type.from_records([batch.record(place) for batch, place in parts])
-        numbers = [batch.stream_sources[place] for batch, place in parts if batch.stream_sources is not None]
-        return replace(joined, stream_sources=np.array(numbers)) if numbers else joined
+    def read_packed(self, row_group: int) -> RecordBatch | PackedRowGroup:
+        """The same, with supports that are left for `join` to decode where that saves time."""
+        number, index = self._locate(row_group)
+        store, records = self.sources[number].store, self.sources[number].records
+        place = int(records.row_groups[index])
+        if not isinstance(store, LogitStore) or records.counts[index] != store.row_group_records[place]:
+            return self.read(row_group)
+        found = store.read_packed_row_group(place, with_documents=self._with_documents)
+        if isinstance(found, RecordBatch):
+            return self._name_source(found, number)
+        columns = self._name_source(found.columns, number)
+        return found if columns is found.columns else replace(found, columns=columns)
+
+    def _locate(self, row_group: int) -> tuple[int, int]:
+        """The source of a row group, and which of its row groups it is."""
+        number = int(np.searchsorted(self._starts, row_group, side="right")) - 1
+        return number, row_group - int(self._starts[number])
+
+    def _name_source(self, batch: RecordBatch, number: int) -> RecordBatch:
+        return batch if len(self.sources) == 1 else replace(batch, stream_sources=np.full(len(batch), number))
+
+    def join(self, parts: Sequence[tuple[RecordBatch | PackedRowGroup, int]]) -> RecordBatch:
+        """A batch of records, given as what `read_packed` returned and places in it; there may be none."""
+        if parts:
+            return join_records(parts, self._memory)
+        # The rank's part of a short batch; its columns are those of any other.
+        record = build_empty_record(self.sources[0])
+        return take_records(self._batch_type.from_records([record]), np.zeros(0, dtype=np.int64))
 
     @property
     def is_of_another_process(self) -> bool:

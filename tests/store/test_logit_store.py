@@ -24,7 +24,8 @@ from logitstore.errors import (
 )
 from logitstore.records import RecordAddress, RecordBatch
 from logitstore.shard.layout import build_batch
-from logitstore.shard.reader import _read_flat
+from logitstore.shard.pages import Pages
+from logitstore.shard.reader import _read_pages
 from logitstore.store.commit import DATA
 from logitstore.store.files import StoreFiles
 from logitstore.store.logit_store import LogitStore
@@ -186,15 +187,15 @@ def test_store_decompresses_in_several_threads_and_computes_in_one(
 ) -> None:
     four_are_in, is_held = threading.Barrier(4, timeout=60), []
 
-    def read_flat(*arguments: Any) -> dict[str, np.ndarray]:
+    def read_pages(*arguments: Any) -> dict[str, Pages]:
         four_are_in.wait()
-        return _read_flat(*arguments)
+        return _read_pages(*arguments)
 
     def compute(*arguments: Any) -> RecordBatch:
         is_held.append(store._computing.locked())
         return build_batch(*arguments)
 
-    monkeypatch.setattr("logitstore.shard.reader._read_flat", read_flat)
+    monkeypatch.setattr("logitstore.shard.reader._read_pages", read_pages)
     monkeypatch.setattr("logitstore.shard.reader.build_batch", compute)
     threads = [threading.Thread(target=store.read_row_group, args=(0,)) for _ in range(4)]
     for thread in threads:

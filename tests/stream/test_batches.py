@@ -12,7 +12,8 @@ from made_up_draws import build_drawn_records
 from logitstore.errors import ConfigError, ShapeError
 from logitstore.records import Record, RecordBatch
 from logitstore.store.aligned_records import AlignedBatch, align_batches
-from logitstore.stream.batches import first_slots, take_records
+from logitstore.stream.batch_memory import BatchMemory
+from logitstore.stream.batches import first_slots, join_records, take_records
 
 VOCAB_SIZE = 50
 
@@ -146,3 +147,30 @@ def test_first_slots_of_drawn_supports_are_refused(kind: str) -> None:
 def test_no_slots_are_refused() -> None:
     with pytest.raises(ShapeError, match="at least 1 slot, found 0"):
         first_slots(RecordBatch.from_records(build_unequal_records()), 0)
+
+
+@pytest.mark.parametrize("kind", ["ragged", "even", "drawn", "tempered", "aligned", "without documents", "no entries"])
+def test_records_that_are_joined_are_those_joined_one_by_one(kind: str) -> None:
+    batches = [build_batch(kind, seed) for seed in range(3)]
+    parts = [(batches[number], place) for number, place in ((2, 0), (0, 3), (0, 3), (1, 6), (2, 5))]
+    expected = type(batches[0]).from_records([batch.record(place) for batch, place in parts])
+    check_batches_are_equal(join_records(parts, BatchMemory()), expected)
+
+
+def build_batch(kind: str, seed: int) -> RecordBatch:
+    if kind == "drawn":
+        return RecordBatch.from_records(build_drawn_records(7, "head_tail", length=9, seed=seed))
+    options = {"temperatures": (1.5, 4.0)} if kind == "tempered" else {"ragged": kind != "even"}
+    batch = RecordBatch.from_records(build_unequal_records(seed=seed, **options))
+    if kind == "aligned":
+        return align_batches(batch, [replace(batch, tail_logprob=batch.tail_logprob - 1)])
+    if kind == "without documents":
+        return replace(batch, documents=None)
+    return first_slots(batch, 1) if kind == "no entries" else batch
+
+
+def test_records_that_are_joined_are_of_the_sources_that_they_were_of() -> None:
+    batches = [replace(build_batch("ragged", seed), stream_sources=np.full(7, seed)) for seed in range(2)]
+    joined = join_records([(batches[1], 2), (batches[0], 0), (batches[1], 4)], BatchMemory())
+    assert joined.stream_sources is not None
+    assert joined.stream_sources.tolist() == [1, 0, 1]

@@ -69,7 +69,7 @@ def test_store_damaged_behind_the_cache_is_found_out_on_the_way_in(build_store: 
 
 def test_cache_smaller_than_a_row_group_is_refused_with_both_sizes(build_store: BuildStore, tmp_path: Path) -> None:
     store = build_store()
-    largest = int(store._bytes.max())
+    largest = int(store.row_group_bytes.max())
     with pytest.raises(ConfigError, match=rf"max_bytes of at least {largest}.*{store.url}, found {largest - 1};"):
         LogitStore.open(store.url, cache=RowGroupCache(tmp_path / "cache", largest - 1))
     held = LogitStore.open(store.url, cache=RowGroupCache(tmp_path / "cache", largest))

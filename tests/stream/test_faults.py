@@ -124,7 +124,7 @@ def test_stream_over_a_flipped_bit_reads_its_row_group_twice_and_raises_at_its_f
     damaged = store.num_row_groups // 2
     files, path, place = StoreFiles(store.url), store._get_path(damaged), int(store._offsets[damaged])
     data = bytearray(files.read(path))
-    data[place + int(store._bytes[damaged]) // 2] ^= 1
+    data[place + int(store.row_group_bytes[damaged]) // 2] ^= 1
     files.put(path, bytes(data))
     reads: list[tuple[str, int | None]] = []
     note_reads(monkeypatch, reads)
@@ -293,7 +293,7 @@ def test_two_jobs_share_a_cache_smaller_than_their_store_and_both_get_every_step
 ) -> None:
     store = build_store()
     clean = take(open_stream(store), 3 * STEPS)
-    max_bytes = int(store._bytes.sum()) // 3
+    max_bytes = int(store.row_group_bytes.sum()) // 3
     jobs = []
     for _ in range(2):
         cache = RowGroupCache(tmp_path / "cache", max_bytes)

@@ -86,13 +86,13 @@ def test_stream_with_another_world_size_midway_has_the_same_global_batches(
 
 def test_stream_reads_every_row_group_once_an_epoch(store: LogitStore, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[int] = []
-    read = LogitStore.read_row_group
+    read = LogitStore.read_packed_row_group
 
     def count(self: LogitStore, row_group: int, *, with_documents: bool = False) -> object:
         reads.append(row_group)
         return read(self, row_group, with_documents=with_documents)
 
-    monkeypatch.setattr(LogitStore, "read_row_group", count)
+    monkeypatch.setattr(LogitStore, "read_packed_row_group", count)
     # One thread reads in the order asked for; the epoch's last row group is asked for before the next epoch's first.
     stream = RecordStream(store, global_batch_sequences=4, read_ahead_row_groups=0, threads=1)
     take(stream, stream.steps_per_epoch)

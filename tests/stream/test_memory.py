@@ -31,7 +31,7 @@ def test_stream_holds_no_more_row_groups_than_it_says_in_any_of_three_epochs(
     store: LogitStore, monkeypatch: pytest.MonkeyPatch, row_groups_ahead: int
 ) -> None:
     alive: weakref.WeakSet[RecordBatch] = weakref.WeakSet()
-    most, read = [0], LogitStore.read_row_group
+    most, read = [0], LogitStore.read_packed_row_group
 
     def note(self: LogitStore, row_group: int, **options: Any) -> RecordBatch:
         batch = read(self, row_group, **options)
@@ -39,7 +39,7 @@ def test_stream_holds_no_more_row_groups_than_it_says_in_any_of_three_epochs(
         most[0] = max(most[0], len(alive))
         return batch
 
-    monkeypatch.setattr(LogitStore, "read_row_group", note)
+    monkeypatch.setattr(LogitStore, "read_packed_row_group", note)
     stream = RecordStream(
         store,
         global_batch_sequences=2,

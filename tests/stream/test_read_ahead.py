@@ -67,7 +67,7 @@ def test_error_of_a_reading_thread_is_raised_at_the_step_that_needs_the_data(
     bad = int(order.compute_batch(9).row_groups[0])
     first_step = next(step for step in range(17) if bad in order.compute_batch(step).row_groups)
     with monkeypatch.context() as broken:
-        broken.setattr(LogitStore, "read_row_group", fail_at(bad, error))
+        broken.setattr(LogitStore, "read_packed_row_group", fail_at(bad, error))
         stream = RecordStream(store, global_batch_sequences=4)
         delivered = take_until(stream, error)
         assert delivered == clean[:first_step]
@@ -77,7 +77,7 @@ def test_error_of_a_reading_thread_is_raised_at_the_step_that_needs_the_data(
 
 
 def fail_at(bad: int, error: type[BaseException]) -> Read:
-    read = LogitStore.read_row_group
+    read = LogitStore.read_packed_row_group
 
     def read_or_fail(self: LogitStore, row_group: int, **options: Any) -> RecordBatch:
         if row_group == bad:
@@ -146,7 +146,7 @@ def test_stream_that_was_not_asked_has_no_threads(store: LogitStore) -> None:
 
 
 def test_stream_reads_ahead_while_the_caller_works(store: LogitStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    read, read_all = LogitStore.read_row_group, threading.Event()
+    read, read_all = LogitStore.read_packed_row_group, threading.Event()
     seen: set[int] = set()
 
     def note(self: LogitStore, row_group: int, **options: Any) -> RecordBatch:
@@ -155,7 +155,7 @@ def test_stream_reads_ahead_while_the_caller_works(store: LogitStore, monkeypatc
             read_all.set()
         return read(self, row_group, **options)
 
-    monkeypatch.setattr(LogitStore, "read_row_group", note)
+    monkeypatch.setattr(LogitStore, "read_packed_row_group", note)
     stream = RecordStream(store, global_batch_sequences=4, read_ahead_row_groups=store.num_row_groups)
     next(stream)
     assert read_all.wait(WATCHDOG_SECONDS)  # without another call
@@ -224,7 +224,7 @@ def test_dropped_stream_is_collected_at_once_and_ends_its_threads(store: LogitSt
 
 
 def test_stream_that_raised_leaves_no_cycle(store: LogitStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LogitStore, "read_row_group", fail_at(int(store.num_row_groups) - 1, OSError))
+    monkeypatch.setattr(LogitStore, "read_packed_row_group", fail_at(int(store.num_row_groups) - 1, OSError))
     gc.collect()
     gc.disable()
     try:

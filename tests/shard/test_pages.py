@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,11 @@ from pyarrow.parquet import encryption
 
 from logitstore.errors import CorruptShardError
 from logitstore.records import Record, RecordBatch
-from logitstore.shard import compact
+from logitstore.shard import compact, compiled
 from logitstore.shard.codec import Codec, CompactCodec, Float16Codec, Float32Codec
-from logitstore.shard.flat_columns import read_flat_columns
 from logitstore.shard.layout import FORMAT_VERSION, SPLIT_COLUMNS, ShardHeader, list_columns
-from logitstore.shard.reader import _read_flat, decode_row_group, read_footer
+from logitstore.shard.pages import Pages, _copy_used, read_pages
+from logitstore.shard.reader import _read_pages, decode_row_group, read_footer
 from logitstore.shard.writer import ShardSettings, write_shard
 
 CODECS: list[Codec] = [Float32Codec(), Float16Codec(), CompactCodec()]
@@ -54,12 +55,15 @@ KINDS: dict[str, list[Record]] = {
 }
 
 
-def write(folder: Path, records: list[Record], codec: Codec) -> tuple[bytes, pq.FileMetaData, ShardHeader]:
+def write(
+    folder: Path, records: list[Record], codec: Codec, vocab_size: int = 300
+) -> tuple[bytes, pq.FileMetaData, ShardHeader]:
+    """Bytes, metadata and header of a shard of one row group."""
     header = ShardHeader(
         format_version=FORMAT_VERSION,
         unit=0,
         plan_fingerprint="f" * 64,
-        vocab_size=300,
+        vocab_size=vocab_size,
         codec=codec,
         is_drawn=records[0].signal.support_draws is not None,
         temperatures=records[0].signal.temperatures,
@@ -74,7 +78,8 @@ def write(folder: Path, records: list[Record], codec: Codec) -> tuple[bytes, pq.
 def test_values_without_lists_are_those_that_arrow_reads_with_them(tmp_path: Path, kind: str, codec: Codec) -> None:
     data, metadata, header = write(tmp_path, KINDS[kind], codec)
     columns = [name for name in list_columns(header) if name in SPLIT_COLUMNS]
-    flat = _read_flat(metadata, 0, 0, data, columns)
+    pages = _read_pages(metadata, 0, 0, data, columns)
+    flat = {name: found.join() for name, found in pages.items()}
     # An empty list has a level and no value, so that one has to be read with its lists.
     lists_of_entries = {"support_ids", "support_steps", "support_logprobs"}
     assert set(flat) == set(columns) - (lists_of_entries if kind == "with an empty list" else set())
@@ -141,7 +146,7 @@ def test_shard_that_other_software_wrote_again_is_left_to_arrow(
     expected = decode_row_group(metadata, header, 0, 0, data, with_documents=True, where="")
     data, metadata, header = rewrite(tmp_path, **options)
     found = decode_row_group(metadata, header, 0, 0, data, with_documents=True, where="")
-    assert _read_flat(metadata, 0, 0, data, list_columns(header)) == {}
+    assert _read_pages(metadata, 0, 0, data, list_columns(header)) == {}
     for name, values in vars(expected).items():
         np.testing.assert_array_equal(getattr(found, name), values)
 
@@ -159,7 +164,7 @@ def rewrite(folder: Path, **options: object) -> tuple[bytes, pq.FileMetaData, Sh
 def test_shard_that_is_written_again_as_it_was_is_read_without_lists(tmp_path: Path) -> None:
     write(tmp_path, KINDS["ragged"], CompactCodec())
     data, metadata, header = rewrite(tmp_path)
-    assert len(_read_flat(metadata, 0, 0, data, list_columns(header))) == 6
+    assert len(_read_pages(metadata, 0, 0, data, list_columns(header))) == 6
 
 
 def test_pages_of_version_1_whose_levels_are_as_long_as_missing_values_are_left_to_arrow(tmp_path: Path) -> None:
@@ -173,7 +178,7 @@ def test_pages_of_version_1_whose_levels_are_as_long_as_missing_values_are_left_
     )
     chunk = pq.read_metadata(path).row_group(0).column(0)
     assert "BYTE_STREAM_SPLIT" in chunk.encodings
-    assert read_flat_columns({"support_ids": chunk}, 0, path.read_bytes()) == {}
+    assert read_pages({"support_ids": chunk}, 0, path.read_bytes()) == {}
 
 
 class _PlainKeys(encryption.KmsClient):
@@ -195,17 +200,36 @@ def test_shard_with_an_encrypted_column_is_refused_before_pyarrow_ends_the_proce
         rewrite(tmp_path, encryption_properties=properties)
 
 
+def split(values: np.ndarray) -> Pages:
+    """A page of int32 or float32."""
+    planes = _copy_used(values.view(np.uint8).reshape(-1, 4).T.copy())
+    return Pages(dtype=values.dtype, starts=(0, len(values)), planes=(planes,))
+
+
+@given(values=st.lists(st.integers(-(2**31), 2**31 - 1), max_size=40), cuts=st.sets(st.integers(0, 40), max_size=3))
+def test_values_are_put_together_from_all_of_their_bytes(values: list[int], cuts: set[int]) -> None:
+    expected = np.array(values, dtype=np.int32)
+    starts = (0, *sorted(cut for cut in cuts if 0 < cut < len(values)), len(values))
+    planes = tuple(split(expected[start:stop]).planes[0] for start, stop in pairwise(starts))
+    pages = Pages(dtype=np.dtype("<i4"), starts=starts, planes=planes)
+    np.testing.assert_array_equal(pages.join(), expected)
+    assert pages.has_16_bits() == all(0 <= value < 2**16 for value in values)
+    assert all(2 <= len(page) <= 4 for page in planes)
+    floats = Pages(dtype=np.dtype("<f4"), starts=starts, planes=planes).join()
+    np.testing.assert_array_equal(floats.view(np.int32), expected)
+
+
 @pytest.mark.parametrize("value", [-1, 65_536])
 def test_draws_that_are_no_16_bits_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: int) -> None:
     data, metadata, header = write(tmp_path, KINDS["drawn"], CompactCodec())
 
-    def read_flat(*arguments: Any) -> dict[str, np.ndarray]:
-        flat = _read_flat(*arguments)
-        damaged = flat["support_draws"].copy()
-        damaged[-1] = value
-        return {**flat, "support_draws": damaged}
+    def read_damaged(*arguments: Any) -> dict[str, Pages]:
+        pages = _read_pages(*arguments)
+        draws = pages["support_draws"].join()
+        draws[-1] = value
+        return {**pages, "support_draws": split(draws)}
 
-    monkeypatch.setattr("logitstore.shard.reader._read_flat", read_flat)
+    monkeypatch.setattr("logitstore.shard.reader._read_pages", read_damaged)
     with pytest.raises(CorruptShardError, match="expected draws up to 65535, found"):
         decode_row_group(metadata, header, 0, 0, data, with_documents=True, where="")
 
@@ -245,7 +269,7 @@ def test_supports_of_one_length_decode_as_ragged_ones_do(
 
 
 def test_rows_are_decoded_in_parts_without_a_seam() -> None:
-    rows = 2 * compact._ENTRIES_AT_A_TIME // 64 + 3
+    rows = 2 * compiled.ENTRIES_AT_A_TIME // 64 + 3
     steps = np.random.default_rng(0).integers(0, 9, (rows, 64)).astype(np.uint16)
     tail = np.full(rows, -3.0, dtype=np.float32)
     found = compact.decode_steps(steps.ravel(), np.full(rows, 64, dtype=np.int32), tail).reshape(rows, 64)
