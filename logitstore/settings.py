@@ -23,6 +23,22 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+class _OneOfEachLoader(yaml.SafeLoader):
+    """Reads YAML, but for mappings that have a key twice, of which PyYAML would silently take the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """A mapping as it is written, without what `<<` brings."""
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        found = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in found:
+                    problem = f"the key {key.value!r} for a second time"
+                    raise yaml.composer.ComposerError(None, None, problem, key.start_mark)
+                found.add((key.tag, key.value))
+        return node
+
+
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
@@ -84,7 +100,7 @@ def read_settings(model: type[SettingsT], path: str | Path, overrides: Sequence[
             wrong.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), _OneOfEachLoader)  # a SafeLoader
     except FileNotFoundError:
         raise ConfigError(f"{path}: expected a file of settings, found none; give the path of a YAML file") from None
     except OSError as error:

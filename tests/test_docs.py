@@ -103,7 +103,7 @@ def test_command_line_of_a_page_is_one_that_is_understood(page: str, line: str) 
 
 def test_methods_on_their_page_are_valid() -> None:
     page = (ROOT / "docs" / "capture-methods.md").read_text(encoding="utf-8")
-    methods = [yaml.safe_load(line) for line in re.findall(r"^method: .*$", page, re.MULTILINE)]
+    methods = [yaml.safe_load(line) for line in re.findall(r"^(?:# )?(method: .*)$", page, re.MULTILINE)]
     assert {one["method"]["kind"] for one in methods} == {"top_k", "head_tail", "sample"}
     for one in methods:
         values = {"store": "store", "corpus": {"files": ["a.jsonl"]}, "teacher": {"model": "m"}, **one}

@@ -107,3 +107,13 @@ def test_unknown_key_is_told_the_keys_of_its_own_section(values: Any, known: str
     with pytest.raises(ConfigError) as raised:
         build_settings(Outer, values, where="here")
     assert str(raised.value).endswith(f"q: expected no such key; known keys: {known}")
+
+
+def test_key_that_stands_twice_in_a_mapping_is_refused_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "twice.yaml"
+    path.write_text("a: &a {x: 1}\nb: &b {<<: *a, x: 2}\nc: {<<: *b, x: 3}\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="cannot be used"):  # keys of a model; what `<<` brings may be replaced
+        read_settings(Settings, path)
+    path.write_text("students:\n  small: {}\n  small: {}\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="found the key 'small' for a second time in line 3, column 3"):
+        read_settings(Settings, path)

@@ -15,15 +15,17 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from tools.visible_text import make_visible
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
     from rich.table import Table
 
 _PIPED_WIDTH = 110
+_WIDEST = 100_000  # of what is only measured
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
@@ -196,6 +198,38 @@ def build_table(title: str | None, columns: Sequence[str], rows: Sequence[Sequen
         cells = (cell if isinstance(cell, Text) else Text(make_visible(str(cell), keep_lines=True)) for cell in row)
         table.add_row(*cells)
     return table
+
+
+@dataclass(frozen=True, eq=False)
+class SplitTable:
+    """A table of `build_table` that goes on below itself, under its first column, where it is wider than its place.
+
+    Rich would cut numbers short then, and leave out the first column altogether.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[object]]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """The parts, each with as many columns as find room."""
+        stop = 1
+        while stop < len(self.columns):
+            start = stop
+            stop += 1
+            while stop < len(self.columns) and self._measure(console, start, stop + 1) <= options.max_width:
+                stop += 1
+            if start > 1:
+                yield ""
+            yield self._build(start, stop)
+
+    def _build(self, start: int, stop: int) -> Table:
+        rows = [(row[0], *row[start:stop]) for row in self.rows]
+        return build_table(self.title if start == 1 else None, [self.columns[0], *self.columns[start:stop]], rows)
+
+    def _measure(self, console: Console, start: int, stop: int) -> int:
+        whole = console.options.update_width(_WIDEST)
+        return int(console.measure(self._build(start, stop), options=whole).maximum)
 
 
 def build_histogram(title: str, labels: Sequence[str], counts: Sequence[int], *, style: str = "cyan") -> Table:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tools.look import build_table, format_count, format_seconds, format_short
+from tools.look import SplitTable, build_table, format_count, format_seconds, format_short
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -60,7 +60,7 @@ def build_plan_table(groups: Sequence[Sequence[SweepRun]]) -> Table:
     return build_table("Runs; those of one stream share the reading", ["run", "#stream", "#steps", "output"], rows)
 
 
-def build_runs_table(runs: Sequence[RunResult]) -> Table:
+def build_runs_table(runs: Sequence[RunResult]) -> SplitTable:
     """Every run with its figures; the best of a column is bold, columns that say nothing are left out."""
     from rich.text import Text
 
@@ -84,7 +84,7 @@ def build_runs_table(runs: Sequence[RunResult]) -> Table:
         rows.append([*row, format_seconds(run.seconds), *_describe_cost(run, reserved)])
     columns = ["run", "#params", "#steps", "#positions", *(f"#{label}" for label, *_ in shown), "#time"]
     columns += [] if reserved is None else [f"#{reserved.label} time"]
-    return build_table("Runs, on held-out records" if shown else "Runs", columns, rows)
+    return SplitTable("Runs, on held-out records" if shown else "Runs", columns, rows)
 
 
 def _describe_cost(run: RunResult, reserved: Reserved | None) -> list[str]:
@@ -101,7 +101,7 @@ def _describe_steps(run: RunResult, *, is_whole: bool) -> str:
     return f"{steps}, {format_count(run.skipped_steps)} skipped" if run.skipped_steps else steps
 
 
-def build_means_table(means: Sequence[MeanResult]) -> Table:
+def build_means_table(means: Sequence[MeanResult]) -> SplitTable:
     """Means over seeds, each with its standard deviation."""
     shown = [figure for figure in FIGURES if any(figure[1] in mean.mean for mean in means)]
     rows = [
@@ -116,7 +116,7 @@ def build_means_table(means: Sequence[MeanResult]) -> Table:
         for mean in means
     ]
     columns = ["runs", "#seeds", *(f"#{label}" for label, *_ in shown)]
-    return build_table("Means over seeds ± standard deviation", columns, rows)
+    return SplitTable("Means over seeds ± standard deviation", columns, rows)
 
 
 def list_errors(runs: Sequence[RunResult]) -> list[str]:

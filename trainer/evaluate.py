@@ -29,6 +29,7 @@ from trainer.evaluation_sums import (
     compute_position_figures,
 )
 from trainer.micro_batches import MicroBatches
+from trainer.pretrained import check_is_there
 from trainer.record_groups import RecordGroups
 from trainer.sources import read_records
 from trainer.stores import open_at_one_manifest
@@ -78,6 +79,8 @@ def evaluate_students(settings: EvaluateSettings, students: Sequence[str]) -> It
     from trainer.vocabularies.evaluation import evaluate_folder
     from trainer.vocabularies.student_reader import find_student_reader
 
+    for folder in students:  # before hours go by with those that come first
+        check_is_there(folder, "student")
     with join_processes(settings.device) as processes:
         store = open_at_one_manifest(settings.store, settings.manifest, settings.storage_options, processes)
         train, held_out = select_records(store, settings.where, settings.held_out)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from logitstore.settings import Settings
 from trainer.stream_config import Fraction
 
+# Of 1, what a moment begins as would stay for ever.
+Momentum = Annotated[float, Field(ge=0, lt=1)]
 _OF_MUON = ("adamw_learning_rate", "momentum")
 
 
@@ -30,8 +32,8 @@ class OptimizerSettings(Settings):
     kind: Literal["adamw", "adamw8bit", "muon"] = "adamw"
     learning_rate: float = Field(default=3e-4, gt=0)
     adamw_learning_rate: float | None = Field(default=None, gt=0)
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
-    momentum: Fraction = 0.95
+    betas: tuple[Momentum, Momentum] = (0.9, 0.95)
+    momentum: Momentum = 0.95
     weight_decay: float = Field(default=0.1, ge=0)
     gradient_clip: float | None = Field(default=1.0, gt=0)
 

@@ -235,7 +235,7 @@ def _open_document_weights(settings: TrainSettings, stores: RunStores) -> Docume
     if settings.other_tokenizer is None:  # which has a loss of its own
         check_loss_fits_stores(settings.loss, stores.every)
     if settings.support_slots is not None:
-        check_slots_fit_stores(stores.every)
+        check_slots_fit_stores(stores.every, settings.support_slots)
     weights = settings.document_weights
     return None if weights is None else DocumentWeights(weights, stores.teachers[0], *stores.corpora)
 

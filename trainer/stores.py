@@ -9,6 +9,7 @@ from typing import Any, Literal
 from logitstore.errors import ConfigError
 from logitstore.store.logit_store import LogitStore
 from logitstore.stream.cache import RowGroupCache
+from logitstore.teacher.protocol import TopKMethod
 from trainer.checkpoint import CheckpointHeader
 from trainer.config import TrainSettings
 from trainer.distributed import Processes
@@ -114,11 +115,11 @@ def check_loss_fits_stores(loss: LossSettings, stores: Sequence[LogitStore]) -> 
             raise error if len(stores) == 1 else ConfigError(f"{store.url}: {error}") from None
 
 
-def check_slots_fit_stores(stores: Sequence[LogitStore]) -> None:
+def check_slots_fit_stores(stores: Sequence[LogitStore], slots: int) -> None:
     """Check that supports can be cut to their first slots.
 
     Raises:
-        ConfigError: names the store whose supports are drawn.
+        ConfigError: names the store whose supports are drawn, or none of them keeps so many.
     """
     for store in stores:
         if store.plan.is_drawn:
@@ -127,3 +128,9 @@ def check_slots_fit_stores(stores: Sequence[LogitStore]) -> None:
                 f"{store.url}: the weights of a part of the draws do not estimate the teacher's distribution; leave it "
                 "out, or capture with fewer draws"
             )
+    kept = [store.plan.method.k for store in stores if isinstance(store.plan.method, TopKMethod)]
+    if len(kept) == len(stores) and slots > max(kept):  # a run of all of them would bear the name of more
+        raise ConfigError(
+            f"support_slots: expected at most the {max(kept)} slots of a position that "
+            f"{' and '.join(store.url for store in stores)} keep(s), found {slots}; leave it out to teach all of them"
+        )

@@ -19,6 +19,7 @@ from logitstore.teacher.protocol import TeacherIdentity
 from logitstore.teacher.tokenizer import load_tokenizer
 from trainer.config import StudentSettings
 from trainer.lora import add_lora, has_lora, merge_lora, save_adapter
+from trainer.pretrained import load_pretrained
 from trainer.teacher_cut import cut_student
 from trainer.writing import writing
 
@@ -40,17 +41,17 @@ def build_student(
         The student, with adapters where the settings ask for them; what is to be trained of it requires a gradient.
 
     Raises:
-        ConfigError: transformers cannot load or build it, the teacher cannot be cut so, or peft finds no place for
-            adapters.
+        ConfigError: transformers cannot load or build it, weights of it are missing, the teacher cannot be cut so, or
+            peft finds no place for adapters.
         IncompatibleStoreError: it comes with another tokenizer than the teacher's.
     """
     dtype = _DTYPES[settings.dtype]
     if settings.model is not None:
-        student = _load_pretrained(settings.model, dtype, "student.model")
+        student = load_pretrained(settings.model, dtype, "student.model")
         _check_tokenizer(settings.model, teacher)
     elif settings.from_teacher is not None:
         name = settings.from_teacher.model or teacher.model
-        student = cut_student(_load_pretrained(name, dtype, "student.from_teacher.model"), settings.from_teacher)
+        student = cut_student(load_pretrained(name, dtype, "student.from_teacher.model"), settings.from_teacher)
         _check_tokenizer(name, teacher)
     else:
         assert settings.config is not None  # checked when the settings were built
@@ -61,16 +62,6 @@ def build_student(
     if settings.lora is not None:
         add_lora(student, settings.lora, seed=seed)
     student.to(device)  # type: ignore[arg-type]  # transformers' decorator hides the true signature
-    return student
-
-
-def _load_pretrained(model: str, dtype: torch.dtype, key: str) -> PreTrainedModel:
-    try:
-        student: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{key}: expected a causal language model of transformers, found {model!r}: {error}"
-        ) from error
     return student
 
 

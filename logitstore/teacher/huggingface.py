@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -233,7 +234,7 @@ def load_huggingface_teacher(settings: TeacherSettings, method: Method) -> Huggi
 
     Raises:
         ConfigError: the tokenizer does not fit the model or cannot be loaded, or the device is not there.
-        TeacherError: the model cannot be loaded.
+        TeacherError: the model cannot be loaded, or some of its weights are not there.
     """
     device = _choose_device(settings)
     tokenizer = load_tokenizer(
@@ -242,11 +243,12 @@ def load_huggingface_teacher(settings: TeacherSettings, method: Method) -> Huggi
         trust_remote_code=settings.trust_remote_code,
     )
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(  # a pair, which its type does not say
             settings.model,
             revision=settings.revision,
             dtype=settings.dtype,
             trust_remote_code=settings.trust_remote_code,
+            output_loading_info=True,
         )
         folder = _find_folder(settings)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
@@ -254,8 +256,15 @@ def load_huggingface_teacher(settings: TeacherSettings, method: Method) -> Huggi
             f"teacher {settings.model!r}: cannot be loaded: {error}; give a folder made by save_pretrained, or a name "
             "on the hub"
         ) from error
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        raise TeacherError(
+            f"teacher {settings.model!r}: expected all of its weights, found none for {', '.join(missing[:5])}"
+            f"{' and others' if len(missing) > 5 else ''}; transformers would make them up at random: give a model "
+            "that was saved with them"
+        )
     choose_attention(model)
-    model.to(device).eval()  # type: ignore[arg-type]  # transformers wraps `to` in a way that hides self
+    model.to(device).eval()
     return HuggingFaceTeacher(model, tokenizer, method, settings, compute_weights_fingerprint(folder))
 
 

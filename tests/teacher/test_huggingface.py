@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from logitstore.errors import ConfigError, TeacherError
@@ -312,6 +313,17 @@ def test_load_of_a_folder_without_a_model_says_what_to_give(
     make_tokenizer().save_pretrained(tmp_path)  # type: ignore[attr-defined]
     with pytest.raises(TeacherError, match=r"cannot be loaded: .*; give a folder made by save_pretrained"):
         load(TeacherSettings(model=str(tmp_path)))
+
+
+def test_load_of_a_model_without_some_of_its_weights_is_refused(
+    make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    file = make_model("llama", tmp_path) / "model.safetensors"
+    weights = load_file(file)
+    assert "lm_head.weight" in weights
+    save_file({name: values for name, values in weights.items() if name != "lm_head.weight"}, file, {"format": "pt"})
+    with pytest.raises(TeacherError, match=r"expected all of its weights, found none for lm_head\.weight; "):
+        load(TeacherSettings(model=str(tmp_path), device="cpu"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

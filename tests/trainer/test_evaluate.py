@@ -29,6 +29,7 @@ from trainer.evaluate import (
     compute_evaluation_sums,
     evaluate,
     evaluate_student,
+    evaluate_students,
 )
 from trainer.loss.divergences import bucket_forward_kl, bucket_overlap
 from trainer.loss.support_losses import weighted_cross_entropy
@@ -245,3 +246,9 @@ def test_evaluate_student_takes_the_conditions_of_the_run(
     batches = read_records(taught_store, chosen, ALONE)
     assert 0 < len(chosen) < len(whole)
     assert found.positions == sum(int(batch.loss_mask.sum()) for batch in batches)
+
+
+def test_student_that_is_not_there_is_told_before_any_other_is_evaluated(tmp_path: Path) -> None:
+    settings = EvaluateSettings(store=str(tmp_path / "not opened"), student="")
+    with pytest.raises(ConfigError, match=r"student: .* found no folder '.*/none'; check the path"):
+        next(evaluate_students(settings, [str(tmp_path), str(tmp_path / "none")]))

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from made_up import VOCAB_SIZE, build_identity
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -78,9 +79,35 @@ def test_fresh_student_of_an_impossible_config_is_refused(changes: dict[str, obj
         build_fresh(**changes)
 
 
-def test_pretrained_student_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"student\.model: expected a causal language model"):
+def test_pretrained_student_at_a_path_that_is_not_there_is_not_asked_for_at_the_hub(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"student\.model: .* found no folder '.*/none'"):
         build_student(StudentSettings(model=str(tmp_path / "none")), build_identity(), seed=0, device=CPU)
+
+
+def spoil_student(folder: Path, damage: str) -> None:
+    build_fresh().save_pretrained(folder)
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    if damage == "cut short":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage == "other shapes":
+        config.write_text(config.read_text().replace('"intermediate_size": 32', '"intermediate_size": 48'))
+    else:
+        body = {name: value for name, value in load_file(weights).items() if name != "lm_head.weight"}
+        save_file(body, weights, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("cut short", r"found '.*': .*incomplete metadata"),
+        ("other shapes", r"mlp\.down_proj\.weight \(\[16, 32\] in the file, \[16, 48\] by config\.json\)"),
+        ("without a head", r"which has no weights for lm_head\.weight; transformers would make them up"),
+    ],
+)
+def test_pretrained_student_that_is_not_whole_is_refused(tmp_path: Path, damage: str, message: str) -> None:
+    spoil_student(tmp_path, damage)
+    with pytest.raises(ConfigError, match=rf"student\.model: expected [^\n]*{message}"):
+        build_student(StudentSettings(model=str(tmp_path)), build_identity(), seed=0, device=CPU)
 
 
 def test_student_with_a_narrower_vocabulary_is_refused_with_both_numbers(taught_store: LogitStore) -> None:

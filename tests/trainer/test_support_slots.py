@@ -63,6 +63,11 @@ def test_run_may_not_change_its_slots(make_settings: MakeSettings) -> None:
 
 def test_slots_of_a_drawn_store_are_refused(taught_store: LogitStore, tmp_path: Path, teacher: PreTrainedModel) -> None:
     drawn = fill_store(tmp_path, teacher, range(0), method=SampleMethod(num_draws=4))
-    check_slots_fit_stores([taught_store])
+    check_slots_fit_stores([taught_store], TOP_K)
     with pytest.raises(ConfigError, match="support_slots: expected a store that keeps the likeliest ids"):
-        check_slots_fit_stores([taught_store, drawn])
+        check_slots_fit_stores([taught_store, drawn], 2)
+
+
+def test_more_slots_than_any_store_keeps_are_refused(taught_store: LogitStore) -> None:
+    with pytest.raises(ConfigError, match=f"support_slots: expected at most the {TOP_K} slots .* found {TOP_K + 1}"):
+        check_slots_fit_stores([taught_store], TOP_K + 1)

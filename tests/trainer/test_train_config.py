@@ -49,6 +49,8 @@ def test_settings_of_the_least_keys_distil() -> None:
         ({"micro_batch_sequences": 2, "micro_batch_tokens": 100}, "this or micro_batch_sequences, found both"),
         ({"micro_batch_tokens": 0}, "micro_batch_tokens"),
         ({"support_slots": 0}, "support_slots"),
+        ({"optimizer": {"betas": [1.0, 0.95]}}, r"optimizer\.betas\.0: expected a number less than 1"),
+        ({"optimizer": {"kind": "muon", "momentum": 1.0}}, r"optimizer\.momentum: expected a number less than 1"),
         ({"further_corpora": [{"store": "s", "weight": 0.7}] * 2}, "leave the first store the rest of 1"),
         (
             {"further_corpora": [{"store": "s", "weight": 0.1}], "further_teachers": [{"store": "s", "weight": 0.1}]},
