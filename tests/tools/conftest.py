@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -43,16 +42,11 @@ class Command:
 
 @pytest.fixture
 def logitstore(monkeypatch: pytest.MonkeyPatch) -> Iterator[Command]:
-    """The command line; a terminal of 100 columns, no colours, and everything it sets up taken back."""
-    loggers = [logging.getLogger(name) for name in (None, "logitstore", "trainer", "cluster", "tools")]
-    before = [(logger, logger.level, logger.handlers[:]) for logger in loggers]
+    """The command line; a terminal of 100 columns, no colours, and the environment it sets up taken back."""
     environment = dict(os.environ)
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.delenv("FORCE_COLOR", raising=False)
     yield Command()
-    for logger, level, handlers in before:
-        logger.setLevel(level)
-        logger.handlers[:] = handlers
     for name in os.environ.keys() - environment.keys():
         monkeypatch.delenv(name)
 

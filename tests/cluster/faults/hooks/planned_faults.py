@@ -40,7 +40,7 @@ class Fault:
         times: how often, None always.
         sequences: of "scoring": batches of at least that many.
         token_id: of "scoring": batches with that token in them.
-        spared_node: a machine that it never strikes on.
+        nodes: machines that it strikes on; None on all.
     """
 
     place: Place
@@ -49,7 +49,7 @@ class Fault:
     times: int | None = 1
     sequences: int = 1
     token_id: int | None = None
-    spared_node: str | None = None
+    nodes: tuple[str, ...] | None = None
 
 
 class FaultFolder:
@@ -127,7 +127,7 @@ class FaultFolder:
 def _is_meant(fault: Fault, unit: int | None, sequences: Any) -> bool:
     if fault.units is not None and unit not in fault.units:
         return False
-    if fault.spared_node is not None and fault.spared_node == find_node():
+    if fault.nodes is not None and find_node() not in fault.nodes:
         return False
     if len(sequences) < fault.sequences and fault.place == "scoring":
         return False
