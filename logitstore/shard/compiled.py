@@ -135,40 +135,52 @@ def decode_rows(
         False where a level is not in the tables: what was filled in is worth nothing.
     """
     num_positions, num_entries = logprobs.shape
-    in_lanes = num_entries - num_entries % 8 if num_entries >= 8 else 0
+    in_lanes = num_entries - num_entries % 8
     at_a_time = max(1, ENTRIES_AT_A_TIME // num_entries)
-    steps, probs = np.empty(at_a_time * num_entries, dtype=np.uint16), np.empty(num_entries)
+    joined = np.empty(at_a_time * num_entries, dtype=np.uint16)
+    # Without signs, or the compiler looks at every index whether it counts from the end.
+    num_levels = np.uint64(len(logprob_of))
     for start in range(0, num_positions, at_a_time):
         stop = min(start + at_a_time, num_positions)
         begin, end = start * num_entries, stop * num_entries
         low, high = planes[0, begin:end], planes[1, begin:end]
         for index in range(len(low)):
-            steps[index] = np.uint16(low[index]) | np.uint16(high[index]) << 8
+            joined[index] = np.uint16(low[index]) | np.uint16(high[index]) << 8
         for position in range(start, stop):
             first = (position - start) * num_entries
-            level = 0
-            for entry in range(num_entries):
-                level += int(steps[first + entry])
-                if level >= len(logprob_of):
+            steps, row = joined[first : first + num_entries], logprobs[position]
+            level7 = np.uint64(0)
+            lane0 = lane1 = lane2 = lane3 = lane4 = lane5 = lane6 = lane7 = 0.0
+            for entry in range(0, in_lanes, 8):
+                level0 = level7 + np.uint64(steps[entry])
+                level1 = level0 + np.uint64(steps[entry + 1])
+                level2 = level1 + np.uint64(steps[entry + 2])
+                level3 = level2 + np.uint64(steps[entry + 3])
+                level4 = level3 + np.uint64(steps[entry + 4])
+                level5 = level4 + np.uint64(steps[entry + 5])
+                level6 = level5 + np.uint64(steps[entry + 6])
+                level7 = level6 + np.uint64(steps[entry + 7])
+                if level7 >= num_levels:
                     return False
-                logprobs[position, entry] = logprob_of[level]
-                probs[entry] = prob_of[level]
-            total = 0.0
-            if in_lanes:
-                lane0, lane1, lane2, lane3 = probs[0], probs[1], probs[2], probs[3]
-                lane4, lane5, lane6, lane7 = probs[4], probs[5], probs[6], probs[7]
-                for entry in range(8, in_lanes, 8):
-                    lane0 += probs[entry]
-                    lane1 += probs[entry + 1]
-                    lane2 += probs[entry + 2]
-                    lane3 += probs[entry + 3]
-                    lane4 += probs[entry + 4]
-                    lane5 += probs[entry + 5]
-                    lane6 += probs[entry + 6]
-                    lane7 += probs[entry + 7]
-                total = ((lane0 + lane1) + (lane2 + lane3)) + ((lane4 + lane5) + (lane6 + lane7))
+                row[entry], row[entry + 1] = logprob_of[level0], logprob_of[level1]
+                row[entry + 2], row[entry + 3] = logprob_of[level2], logprob_of[level3]
+                row[entry + 4], row[entry + 5] = logprob_of[level4], logprob_of[level5]
+                row[entry + 6], row[entry + 7] = logprob_of[level6], logprob_of[level7]
+                lane0 += prob_of[level0]
+                lane1 += prob_of[level1]
+                lane2 += prob_of[level2]
+                lane3 += prob_of[level3]
+                lane4 += prob_of[level4]
+                lane5 += prob_of[level5]
+                lane6 += prob_of[level6]
+                lane7 += prob_of[level7]
+            total = ((lane0 + lane1) + (lane2 + lane3)) + ((lane4 + lane5) + (lane6 + lane7))
             for entry in range(in_lanes, num_entries):
-                total += probs[entry]
+                level7 += np.uint64(steps[entry])
+                if level7 >= num_levels:
+                    return False
+                row[entry] = logprob_of[level7]
+                total += prob_of[level7]
             mass[position] = total
     return True
 
