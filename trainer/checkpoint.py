@@ -3,6 +3,7 @@
     checkpoints/step-000020/checkpoint.json    what the run is, and how far it has come
                             .metadata          which tensor is where
                             __0_0.distcp       weights and optimizer state, a file per process
+                            digests.json       SHA-256 of the two kinds before, held to when they are read
 
 There is no state of random generators in them: every step seeds its own from (seed, step, rank), so a run resumes at
 any step, and with any number of processes that divides the batch.
@@ -10,6 +11,7 @@ any step, and with any number of processes that divides the batch.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -18,17 +20,19 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from pydantic import ConfigDict, NonNegativeInt, TypeAdapter
 
 from logitstore.errors import LogitStoreError, TrainingError
 from trainer.distributed import Processes
 from trainer.sharded_state import find_missing, read_state, write_state
 
-_HEADER = "checkpoint.json"
-# Of the files beside the header. The first one had all of the state in one file and did not name itself.
-_FORMAT = 2
+_HEADER, _DIGESTS, _METADATA = "checkpoint.json", "digests.json", ".metadata"
+# Of the files beside the header. The first had all of the state in one file and did not name itself, the second no
+# digests.
+_FORMAT = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,15 +52,17 @@ class CheckpointHeader:
         format: of the files beside the header.
     """
 
-    step: int
-    positions: int
-    manifest_number: int
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid", strict=True)
+
+    step: NonNegativeInt
+    positions: NonNegativeInt
+    manifest_number: NonNegativeInt
     stream: dict[str, Any]
     identity: dict[str, Any]
-    further_manifests: list[int] = field(default_factory=list)
-    corpus_manifests: dict[str, int] = field(default_factory=dict)
-    skipped_steps: int = 0
-    skipped_in_a_row: int = 0
+    further_manifests: list[NonNegativeInt] = field(default_factory=list)
+    corpus_manifests: dict[str, NonNegativeInt] = field(default_factory=dict)
+    skipped_steps: NonNegativeInt = 0
+    skipped_in_a_row: NonNegativeInt = 0
     format: int = _FORMAT
 
 
@@ -113,9 +119,14 @@ def _write_aside(
             temporary.mkdir(parents=True)
     write_state(temporary, student, optimizers, processes)
     _check_all_is_there(temporary, processes)
+    with processes.fail_together(temporary):
+        own = [*temporary.glob(f"__{processes.rank}_*"), *([temporary / _METADATA] if is_first else [])]
+        lines = [json.dumps([file.name, _compute_digest(file)]) for file in own]
+    digests = dict(json.loads(line) for line in processes.join_texts(lines))
     with processes.fail_together(path):
         if is_first:
-            _write_header(temporary / _HEADER, header)
+            _write_json(temporary / _DIGESTS, digests)
+            _write_json(temporary / _HEADER, asdict(header))
             temporary.replace(path)
 
 
@@ -140,9 +151,15 @@ def _check_all_is_there(folder: Path, processes: Processes) -> None:
         )
 
 
-def _write_header(path: Path, header: CheckpointHeader) -> None:
+def _compute_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
     with path.open("w", encoding="utf-8") as file:
-        json.dump(asdict(header), file, indent=1)
+        json.dump(values, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
 
@@ -167,11 +184,11 @@ def read_header(path: Path) -> CheckpointHeader:
         TrainingError: it cannot be read, or another version of this program wrote it.
     """
     try:
-        values = json.loads((path / _HEADER).read_text(encoding="utf-8"))
-        found = values.get("format", 1)
+        data = (path / _HEADER).read_bytes()
+        found = json.loads(data).get("format", 1)
         if found == _FORMAT:
-            return CheckpointHeader(**values)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+            return TypeAdapter(CheckpointHeader).validate_json(data)
+    except (OSError, ValueError, AttributeError) as error:
         raise TrainingError(f"{path / _HEADER}: expected a checkpoint, found {error}; {_what_to_do(path)}") from error
     raise TrainingError(
         f"{path}: expected a checkpoint of format {_FORMAT}, found one of format {found}, which another version of "
@@ -188,12 +205,31 @@ def load_state(
         TrainingError: the files are damaged, or do not fit the student.
     """
     try:
+        with processes.fail_together(path):
+            _check_digests(path, processes)
         read_state(path, student, optimizers, processes)
     except TrainingError as error:
         raise TrainingError(f"{error}; {_what_to_do(path)}") from error
 
 
-def check_same_run(path: Path, in_checkpoint: Mapping[str, Any], in_this_run: Mapping[str, Any]) -> None:
+def _check_digests(path: Path, processes: Processes) -> None:
+    """Hold this process's share of the files to what was written.
+
+    Raises:
+        TrainingError: names the file that is not what it was.
+    """
+    try:
+        digests = TypeAdapter(dict[str, str]).validate_json((path / _DIGESTS).read_bytes())
+        names = sorted({_METADATA, *digests, *(file.name for file in path.glob("__*"))})
+        for name in names[processes.rank :: processes.world_size]:
+            written, found = digests.get(name, "(none)"), _compute_digest(path / name)
+            if found != written:
+                raise TrainingError(f"{path / name}: expected bytes of SHA-256 {written}, found those of {found}")
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"{path}: expected the files of a checkpoint, found {error}") from error
+
+
+def check_same_run(where: str | Path, in_checkpoint: Mapping[str, Any], in_this_run: Mapping[str, Any]) -> None:
     """Check that what identifies a run is the same in a checkpoint and in this run; None is as good as nothing.
 
     Raises:
@@ -209,7 +245,7 @@ def check_same_run(path: Path, in_checkpoint: Mapping[str, Any], in_this_run: Ma
             lines.append(f"  {key}\n    in checkpoint: {there}\n    in this run:   {here}")
     if lines:
         raise TrainingError(
-            f"{path}: belongs to a run with other settings:\n"
+            f"{where}: belongs to a run with other settings:\n"
             + "\n".join(lines)
             + "\ngive this run an output folder of its own, or the settings of the checkpoint"
         )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import resource
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from logitstore.errors import OutsideError, TrainingError
+from trainer import checkpoint
 from trainer.checkpoint import (
     CheckpointHeader,
     check_same_run,
@@ -201,7 +203,7 @@ def test_latest_checkpoint_ignores_folders_that_are_none(tmp_path: Path) -> None
     assert find_latest_checkpoint(tmp_path) == longer
 
 
-@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "checkpoint.json"])
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "digests.json", "checkpoint.json"])
 @pytest.mark.parametrize("length", [0, 100, None])
 def test_damaged_checkpoint_says_which_folder_to_delete(tmp_path: Path, name: str, length: int | None) -> None:
     """Of a file that is cut short, and of one that is gone."""
@@ -217,11 +219,62 @@ def test_damaged_checkpoint_says_which_folder_to_delete(tmp_path: Path, name: st
         read(path)
 
 
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "digests.json"])
+def test_flipped_bit_is_noticed_before_anything_is_read(tmp_path: Path, name: str) -> None:
+    trained = build_trained(seed=0)
+    path = save_checkpoint(tmp_path, build_header(5), *trained, ALONE, keep=1)
+    before = {key: value.clone() for key, value in trained[0].state_dict().items()}
+    data = (path / name).read_bytes()
+    for at in range(0, len(data), max(1, len(data) // 50)):
+        (path / name).write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        with pytest.raises(TrainingError, match=f"(?s){path}.*delete {path} to go on"):
+            load_state(path, *trained, ALONE)
+    assert all(torch.equal(before[key], value) for key, value in trained[0].state_dict().items())
+    (path / name).write_bytes(data)
+    load_state(path, *trained, ALONE)
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
+def test_each_file_is_held_to_its_digest_by_one_of_the_ranks(tmp_path: Path, name: str) -> None:
+    path = save_checkpoint(tmp_path, build_header(5), *build_trained(seed=0), ALONE, keep=1)
+    with (path / name).open("ab") as file:
+        file.write(b"more")
+    failed = 0
+    for rank in range(3):
+        try:
+            checkpoint._check_digests(path, replace(ALONE, rank=rank, world_size=3))
+        except TrainingError:
+            failed += 1
+    assert failed == 1
+
+
+def test_file_without_a_digest_is_refused(tmp_path: Path) -> None:
+    trained = build_trained(seed=0)
+    path = save_checkpoint(tmp_path, build_header(5), *trained, ALONE, keep=1)
+    (path / "digests.json").write_text("{}")
+    with pytest.raises(TrainingError, match=r"__0_0.distcp|\.metadata: expected bytes of SHA-256 \(none\), found"):
+        load_state(path, *trained, ALONE)
+
+
+@pytest.mark.parametrize(
+    "change", [{"step": "5"}, {"step": -5}, {"stream": []}, {"identity": None}, {"further_manifests": 1}, {"more": 1}]
+)
+def test_header_of_other_types_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    path = save_checkpoint(tmp_path, build_header(5), *build_trained(seed=0), ALONE, keep=1)
+    values = json.loads((path / "checkpoint.json").read_text("utf-8"))
+    (path / "checkpoint.json").write_text(json.dumps({**values, **change}))
+    [name] = change
+    with pytest.raises(TrainingError, match=f"(?s)expected a checkpoint, found .*{name}.*delete {path} to go"):
+        read_header(path)
+
+
 def test_checkpoint_whose_list_of_tensors_names_what_there_is_not_is_damaged(tmp_path: Path) -> None:
     """A bit of a pickle is another module's name, and anything may come of it."""
     trained = build_trained(seed=0)
     path = save_checkpoint(tmp_path, build_header(5), *trained, ALONE, keep=1)
-    (path / ".metadata").write_bytes(b"cno_such_module\nMetadata\n.")
+    (path / ".metadata").write_bytes(metadata := b"cno_such_module\nMetadata\n.")
+    digests = json.loads((path / "digests.json").read_text("utf-8"))
+    (path / "digests.json").write_text(json.dumps({**digests, ".metadata": hashlib.sha256(metadata).hexdigest()}))
     with pytest.raises(TrainingError, match=r"(?s)cannot be read: ModuleNotFoundError.*delete .* to go on"):
         load_state(path, *trained, ALONE)
 
@@ -233,7 +286,7 @@ def test_checkpoint_of_an_earlier_version_is_refused_with_what_to_do(tmp_path: P
     header = {"step": 5, "positions": 50, "manifest_number": 1, "stream": {}, "identity": {}}
     (path / "checkpoint.json").write_text(json.dumps(header), encoding="utf-8")
     assert find_latest_checkpoint(tmp_path) == path
-    with pytest.raises(TrainingError, match=r"expected a checkpoint of format 2, found one of format 1.*finish"):
+    with pytest.raises(TrainingError, match=r"expected a checkpoint of format 3, found one of format 1.*finish"):
         read_header(path)
 
 

@@ -218,7 +218,7 @@ class SweepRecord:
         if before.status != "finished":
             # It is tried again from its checkpoint; what it took so far goes on being counted.
             return RunResult(**values, all_steps=settings.steps, seconds=before.seconds)
-        check_same_run(self._path, before.identity, self.describe_run(settings))
+        check_same_run(f"{self._path}: {run.name}", before.identity, self.describe_run(settings))
         if before.student is None or not Path(before.student).is_dir():
             return RunResult(**values, all_steps=settings.steps)
         return before.model_copy(update=values)
