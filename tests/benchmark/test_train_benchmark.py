@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -14,7 +16,15 @@ from logitstore.store.logit_store import LogitStore
 from logitstore.stream.iterator import RecordStream
 from tools.benchmark import app
 from tools.benchmark.synthetic_teacher import build_synthetic_records
-from tools.benchmark.train import STEP_HEADER, build_step_row, build_sweep_rows, name_row
+from tools.benchmark.train import (
+    STEP_HEADER,
+    Part,
+    build_step_row,
+    build_sweep_rows,
+    measure_in_turns,
+    name_row,
+    print_found,
+)
 from tools.benchmark.train_steps import (
     Case,
     Measured,
@@ -109,23 +119,44 @@ def test_parameters_are_counted_with_tied_embeddings_once(case: Case) -> None:
     assert count_parameters(case) == VOCAB_SIZE * 16 + 2 * of_layer + 16
 
 
-def test_row_of_steps_is_compared_with_the_faster_plain_one() -> None:
-    found = [Measured(seconds=seconds, wait_seconds=0.01, first_seconds=0.2) for seconds in (1.9, 2.0, 2.1)]
-    row = build_step_row(name_row("bucket_kl"), found, positions=4096, plain_seconds=1.95)
-    assert row == ["logitstore train, bucket_kl", "2,048", "5.0%", "0.975", "0.50%", "0.20"]
+def test_row_of_steps_is_compared_with_the_plain_ones_turn_by_turn() -> None:
+    found = [Measured(seconds=seconds, wait_seconds=0.01, first_seconds=0.2) for seconds in (1.9, 2.0, 4.0)]
+    plain = [Measured(seconds=seconds) for seconds in (1.9, 1.8, 3.8)]  # the machine was busy in the last turn
+    row = build_step_row(name_row("bucket_kl"), found, positions=4096, plain=plain)
+    assert row == ["logitstore train, bucket_kl", "2,048", "52.5%", "0.950", "5.3%", "0.50%", "0.20"]
     assert len(row) == 1 + len(STEP_HEADER)
-    assert build_step_row("plain, chunked", found, 4096, 2.0)[3:] == ["1.000", "–", "–"]
+    assert build_step_row("plain, chunked", plain, 4096, plain)[3:] == ["1.000", "0.0%", "–", "–"]
+
+
+def test_each_turn_has_every_alternative_and_begins_with_another() -> None:
+    taken = []
+
+    def take(name: str) -> Measured:
+        taken.append(name)
+        return Measured(seconds=len(taken))
+
+    found = measure_in_turns({name: partial(take, name) for name in "abc"}, 3)
+    assert taken == list("abcbcacab")
+    assert [run.seconds for run in found["a"]] == [1, 6, 8]
+
+
+def test_steps_are_compared_with_the_faster_plain_ones(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+    ours, dense, chunked = name_row("bucket_kl"), "plain, all logits", "plain, chunked"
+    found = {name: [Measured(seconds=seconds)] for name, seconds in ((ours, 2.0), (dense, 3.0), (chunked, 1.0))}
+    print_found(case, [Part.step], found)
+    ratios = {row.split(" | ")[0]: row.split(" | ")[3] for row in capsys.readouterr().out.splitlines() if " | " in row}
+    assert [ratios[f"| {name}"] for name in (ours, dense, chunked)] == ["0.500", "0.333", "1.000"]
 
 
 def test_sweep_is_compared_with_both_students_alone() -> None:
     found = {
         "large": [Measured(seconds=2.0), Measured(seconds=2.2)],
         "the smaller one alone": [Measured(seconds=1.0), Measured(seconds=1.0)],
-        "both in one sweep": [Measured(seconds=3.1), Measured(seconds=3.1)],
+        "both in one sweep": [Measured(seconds=3.0), Measured(seconds=3.2)],
     }
     assert build_sweep_rows(found, "large", steps=2) == [
-        ["one after the other", "1.550", "3.2%", "–"],
-        ["both in one sweep", "1.550", "0.0%", "1.000"],
+        ["one after the other", "1.550", "3.2%", "–", "–"],
+        ["both in one sweep", "1.550", "3.2%", "1.000", "0.0%"],
     ]
 
 

@@ -162,7 +162,9 @@ def test_content_of_sweep_json_is_a_sweep_file_of_the_same_runs(
 def test_finished_run_with_other_settings_is_refused_with_both_values(swept: tuple[Sweep, SweepReport]) -> None:
     sweep, _ = swept
     changed = read_sweep(sweep.file, ["optimizer.learning_rate=0.5"])
-    with pytest.raises(TrainingError, match=r"(?s)sweep\.json: \S+: belongs to.*in checkpoint: 0\.01\n    in this run:   0\.5"):
+    with pytest.raises(
+        TrainingError, match=r"(?s)sweep\.json: \S+: belongs to.*in checkpoint: 0\.01\n    in this run:   0\.5"
+    ):
         train_sweep(changed)
 
 

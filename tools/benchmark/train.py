@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _PLAIN = ("plain, all logits", "plain, chunked")
 _BOTH, _SMALL = "both in one sweep", "the smaller one alone"
-STEP_HEADER = ["tokens/s", "±", "to the faster plain step", "waits for data", "first batch, s"]
+STEP_HEADER = ["tokens/s", "±", "to the faster plain step", "±", "waits for data", "first batch, s"]
 
 
 class Precision(StrEnum):
@@ -128,13 +128,15 @@ def name_row(loss: str) -> str:
 
 
 def measure_in_turns(alternatives: Mapping[str, Callable[[], Measured]], repeats: int) -> dict[str, list[Measured]]:
-    """Every alternative once in each turn, by name."""
+    """Every alternative once in each turn, by name; each turn begins with another one."""
     found: dict[str, list[Measured]] = {name: [] for name in alternatives}
+    names = list(alternatives)
     for turn in range(repeats):
-        for name, run in alternatives.items():
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
             tell_step(f"turn {turn + 1} of {repeats}: {name}")
             with contextlib.redirect_stderr(None):  # transformers' bars
-                found[name].append(run())
+                found[name].append(alternatives[name]())
     return found
 
 
@@ -147,47 +149,53 @@ def print_found(case: Case, parts: list[Part], found: Mapping[str, list[Measured
     print_text(
         f"{case.steps} steps of {case.sequences} sequences of {case.length} positions in micro-batches of "
         f"{case.micro_batch_sequences}, {torch.get_num_threads()} threads. The clock starts with the first batch.\n"
-        "±: half the spread, in percent."
+        "±: half the spread, in percent. Ratios are medians of those of the turns: a machine that drifts does so between "
+        "turns more than within them."
     )
     parameters = count_parameters(case) / 1e6
     if Part.step in parts:
-        plain = [statistics.median(run.seconds for run in found[name]) for name in _PLAIN if name in found]
+        plain = min((found[name] for name in _PLAIN if name in found), key=_find_median)
         names = [name for name in found if name not in (_SMALL, _BOTH)]
-        rows = [build_step_row(name, found[name], case.positions, min(plain)) for name in names]
+        rows = [build_step_row(name, found[name], case.positions, plain) for name in names]
         print_table([f"student of {parameters:,.1f} million parameters", *STEP_HEADER], rows)
     if Part.sweep in parts:
         small = count_parameters(replace(case, layers=case.layers // 2)) / 1e6
         header = [f"students of {parameters:,.1f} and {small:,.1f} million parameters", "s per step of both", "±"]
-        print_table([*header, "to one after the other"], build_sweep_rows(found, name_row(case.loss), case.steps))
+        print_table([*header, "to one after the other", "±"], build_sweep_rows(found, name_row(case.loss), case.steps))
 
 
-def build_step_row(name: str, found: list[Measured], positions: int, plain_seconds: float) -> list[object]:
-    """A row of the table of steps."""
-    seconds = [run.seconds for run in found]
-    median, spread = _summarize(seconds)
+def build_step_row(name: str, found: list[Measured], positions: int, plain: list[Measured]) -> list[object]:
+    """A row of the table of steps, beside the plain ones of the same turns."""
+    median, spread = _summarize([run.seconds for run in found])
+    ratio, ratio_spread = _summarize([other.seconds / run.seconds for run, other in zip(found, plain, strict=True)])
     if name in _PLAIN:
         waits, first = "–", "–"
     else:
         waits = f"{100 * statistics.median(run.wait_seconds / run.seconds for run in found):.2f}%"
         first = f"{statistics.median(run.first_seconds for run in found):.2f}"
-    return [name, f"{positions / median:,.0f}", spread, f"{plain_seconds / median:.3f}", waits, first]
+    return [name, f"{positions / median:,.0f}", spread, f"{ratio:.3f}", ratio_spread, waits, first]
 
 
 def build_sweep_rows(found: Mapping[str, list[Measured]], large: str, steps: int) -> list[list[object]]:
     """Rows of the table of a sweep: two students one after the other, and in lock-step."""
     alone = [one.seconds + other.seconds for one, other in zip(found[large], found[_SMALL], strict=True)]
     together = [run.seconds for run in found[_BOTH]]
-    expected, _ = _summarize(alone)
-    rows: list[list[object]] = []
-    for name, seconds in (("one after the other", alone), (_BOTH, together)):
-        median, spread = _summarize(seconds)
-        ratio = "–" if seconds is alone else f"{median / expected:.3f}"
-        rows.append([name, f"{median / steps:.3f}", spread, ratio])
-    return rows
+    expected, expected_spread = _summarize(alone)
+    median, spread = _summarize(together)
+    ratio, ratio_spread = _summarize([one / other for one, other in zip(together, alone, strict=True)])
+    return [
+        ["one after the other", f"{expected / steps:.3f}", expected_spread, "–", "–"],
+        [_BOTH, f"{median / steps:.3f}", spread, f"{ratio:.3f}", ratio_spread],
+    ]
 
 
-def _summarize(seconds: list[float]) -> tuple[float, str]:
+def _find_median(found: list[Measured]) -> float:
+    return statistics.median(run.seconds for run in found)
+
+
+def _summarize(values: list[float]) -> tuple[float, str]:
+    """Median and half the spread, as it is printed."""
     from tools.benchmark.timing import Timing
 
-    timing = Timing(seconds=tuple(seconds))
+    timing = Timing(seconds=tuple(values))
     return timing.median, f"{50 * timing.spread:.1f}%"
