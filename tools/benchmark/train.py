@@ -149,8 +149,8 @@ def print_found(case: Case, parts: list[Part], found: Mapping[str, list[Measured
     print_text(
         f"{case.steps} steps of {case.sequences} sequences of {case.length} positions in micro-batches of "
         f"{case.micro_batch_sequences}, {torch.get_num_threads()} threads. The clock starts with the first batch.\n"
-        "±: half the spread, in percent. Ratios are medians of those of the turns: a machine that drifts does so between "
-        "turns more than within them."
+        "±: half the spread, in percent. Ratios are medians of those of the turns: a machine that drifts does so "
+        "between turns more than within them."
     )
     parameters = count_parameters(case) / 1e6
     if Part.step in parts:
