@@ -80,6 +80,8 @@ def stream(
         " ".join([command, *(f"--part {name}" for name in part or ()), *(f"--top-k {k}" for k in top_k or ())]),
         "numpy",
         "pyarrow",
+        "numba",
+        "xxhash",
         "zstandard",
     )
     with contextlib.ExitStack() as stack:

@@ -6,6 +6,7 @@ import contextlib
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -17,7 +18,7 @@ from tools.benchmark.arguments import check_device, check_loss
 from tools.benchmark.tables import print_heading, print_table, print_text, tell_step
 
 if TYPE_CHECKING:
-    from tools.benchmark.train_steps import Case, Measured
+    from tools.benchmark.train_steps import Case, Measured, Take
 
 _PLAIN = ("plain, all logits", "plain, chunked")
 _BOTH, _SMALL = "both in one sweep", "the smaller one alone"
@@ -52,14 +53,15 @@ def train(
     loss: Annotated[str, typer.Option(help="Kind of the distillation term.")] = "bucket_kl",
     precision: Annotated[Precision, typer.Option(help="bfloat16 is autocast.")] = Precision.float32,
     device: Annotated[str | None, typer.Option(help="Device of torch; a GPU where there is one otherwise.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Timed steps of a repetition.")] = 4,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed repetitions of each, in turns.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps of a repetition, in turns.")] = 8,
+    repeats: Annotated[int, typer.Option(min=1, help="Repetitions.")] = 3,
 ) -> None:
     """Train one student from a store on a local disk, and as a plain language model on the same tokens in memory.
 
-    Each repetition begins with fresh weights and a step that does not count. The plain steps have the same student,
-    optimizer, clipping and micro-batches, and cross-entropy over all logits or in the chunks of the fused loss.
-    OMP_NUM_THREADS chooses the number of threads.
+    Each repetition begins with fresh weights and a step that does not count. What is compared makes a step in turn, so
+    that a machine that drifts does so for all; it is in memory at once, three or four students, with the sweep three
+    more. The plain steps have the same student, optimizer, clipping and micro-batches, and cross-entropy over all
+    logits or in the chunks of the fused loss. OMP_NUM_THREADS chooses the number of threads.
 
     \b
     Example:
@@ -99,26 +101,28 @@ def train(
             precision=precision,
             device=device,
         )
-        found = measure_in_turns(build_alternatives(case, parts), repeats)
+        found = measure_in_turns(build_alternatives(case, parts), steps, repeats)
     print_found(case, parts, found)
 
 
-def build_alternatives(case: Case, parts: list[Part]) -> dict[str, Callable[[], Measured]]:
+def build_alternatives(case: Case, parts: list[Part]) -> dict[str, Callable[[], AbstractContextManager[Take]]]:
     """What is run in turns, by name of the row."""
-    from tools.benchmark.train_steps import measure_distillation, measure_plain, measure_side_by_side
+    from tools.benchmark.train_steps import opened_distillation, opened_plain, opened_side_by_side
     from trainer.distributed import choose_device
 
     small = replace(case, layers=case.layers // 2)
-    alternatives: dict[str, Callable[[], Measured]] = {name_row(case.loss): lambda: measure_distillation(case)}
+    alternatives: dict[str, Callable[[], AbstractContextManager[Take]]] = {
+        name_row(case.loss): lambda: opened_distillation(case)
+    }
     if Part.step in parts:
         dense, chunked = _PLAIN
-        alternatives[dense] = lambda: measure_plain(case, is_chunked=False)
+        alternatives[dense] = lambda: opened_plain(case, is_chunked=False)
         if choose_device(case.device).type == "cpu":
-            alternatives[chunked] = lambda: measure_plain(case, is_chunked=True)
-        alternatives[name_row("cross_entropy")] = lambda: measure_distillation(case, "cross_entropy")
+            alternatives[chunked] = lambda: opened_plain(case, is_chunked=True)
+        alternatives[name_row("cross_entropy")] = lambda: opened_distillation(case, "cross_entropy")
     if Part.sweep in parts:
-        alternatives[_SMALL] = lambda: measure_distillation(small)
-        alternatives[_BOTH] = lambda: measure_side_by_side([case, small])
+        alternatives[_SMALL] = lambda: opened_distillation(small)
+        alternatives[_BOTH] = lambda: opened_side_by_side([case, small])
     return alternatives
 
 
@@ -127,16 +131,21 @@ def name_row(loss: str) -> str:
     return f"logitstore train, {loss}"
 
 
-def measure_in_turns(alternatives: Mapping[str, Callable[[], Measured]], repeats: int) -> dict[str, list[Measured]]:
-    """Every alternative once in each turn, by name; each turn begins with another one."""
+def measure_in_turns(
+    alternatives: Mapping[str, Callable[[], AbstractContextManager[Take]]], steps: int, repeats: int
+) -> dict[str, list[Measured]]:
+    """The steps of every alternative, by name: each makes one in every turn, and each turn begins with another one."""
     found: dict[str, list[Measured]] = {name: [] for name in alternatives}
     names = list(alternatives)
-    for turn in range(repeats):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            tell_step(f"turn {turn + 1} of {repeats}: {name}")
-            with contextlib.redirect_stderr(None):  # transformers' bars
-                found[name].append(alternatives[name]())
+    for repeat in range(repeats):
+        tell_step(f"repetition {repeat + 1} of {repeats}")
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.redirect_stderr(None))  # transformers' bars
+            takes = {name: stack.enter_context(opened()) for name, opened in alternatives.items()}
+            for step in range(steps):
+                first = (repeat * steps + step) % len(names)
+                for name in names[first:] + names[:first]:
+                    found[name].append(takes[name]())
     return found
 
 
@@ -147,10 +156,10 @@ def print_found(case: Case, parts: list[Part], found: Mapping[str, list[Measured
     from tools.benchmark.train_steps import count_parameters
 
     print_text(
-        f"{case.steps} steps of {case.sequences} sequences of {case.length} positions in micro-batches of "
-        f"{case.micro_batch_sequences}, {torch.get_num_threads()} threads. The clock starts with the first batch.\n"
-        "±: half the spread, in percent. Ratios are medians of those of the turns: a machine that drifts does so "
-        "between turns more than within them."
+        f"{len(next(iter(found.values())))} steps of {case.sequences} sequences of {case.length} positions in "
+        f"micro-batches of {case.micro_batch_sequences}, {torch.get_num_threads()} threads. The clock starts with the "
+        "first batch.\nAlternatives make a step in turn; ratios are medians of those of the turns. ±: half the distance of the "
+        "quartiles, in percent of the median."
     )
     parameters = count_parameters(case) / 1e6
     if Part.step in parts:
@@ -161,7 +170,7 @@ def print_found(case: Case, parts: list[Part], found: Mapping[str, list[Measured
     if Part.sweep in parts:
         small = count_parameters(replace(case, layers=case.layers // 2)) / 1e6
         header = [f"students of {parameters:,.1f} and {small:,.1f} million parameters", "s per step of both", "±"]
-        print_table([*header, "to one after the other", "±"], build_sweep_rows(found, name_row(case.loss), case.steps))
+        print_table([*header, "to one after the other", "±"], build_sweep_rows(found, name_row(case.loss)))
 
 
 def build_step_row(name: str, found: list[Measured], positions: int, plain: list[Measured]) -> list[object]:
@@ -171,12 +180,12 @@ def build_step_row(name: str, found: list[Measured], positions: int, plain: list
     if name in _PLAIN:
         waits, first = "–", "–"
     else:
-        waits = f"{100 * statistics.median(run.wait_seconds / run.seconds for run in found):.2f}%"
-        first = f"{statistics.median(run.first_seconds for run in found):.2f}"
+        waits = f"{100 * sum(run.wait_seconds for run in found) / sum(run.seconds for run in found):.2f}%"
+        first = f"{statistics.median(run.first_seconds for run in found if run.first_seconds):.2f}"
     return [name, f"{positions / median:,.0f}", spread, f"{ratio:.3f}", ratio_spread, waits, first]
 
 
-def build_sweep_rows(found: Mapping[str, list[Measured]], large: str, steps: int) -> list[list[object]]:
+def build_sweep_rows(found: Mapping[str, list[Measured]], large: str) -> list[list[object]]:
     """Rows of the table of a sweep: two students one after the other, and in lock-step."""
     alone = [one.seconds + other.seconds for one, other in zip(found[large], found[_SMALL], strict=True)]
     together = [run.seconds for run in found[_BOTH]]
@@ -184,8 +193,8 @@ def build_sweep_rows(found: Mapping[str, list[Measured]], large: str, steps: int
     median, spread = _summarize(together)
     ratio, ratio_spread = _summarize([one / other for one, other in zip(together, alone, strict=True)])
     return [
-        ["one after the other", f"{expected / steps:.3f}", expected_spread, "–", "–"],
-        [_BOTH, f"{median / steps:.3f}", spread, f"{ratio:.3f}", ratio_spread],
+        ["one after the other", f"{expected:.3f}", expected_spread, "–", "–"],
+        [_BOTH, f"{median:.3f}", spread, f"{ratio:.3f}", ratio_spread],
     ]
 
 
@@ -194,8 +203,7 @@ def _find_median(found: list[Measured]) -> float:
 
 
 def _summarize(values: list[float]) -> tuple[float, str]:
-    """Median and half the spread, as it is printed."""
-    from tools.benchmark.timing import Timing
-
-    timing = Timing(seconds=tuple(values))
-    return timing.median, f"{50 * timing.spread:.1f}%"
+    """Median and half the distance of the quartiles, as it is printed: of many single steps some are always hit."""
+    median = statistics.median(values)
+    lower, _, upper = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else 3 * values
+    return median, f"{50 * (upper - lower) / median:.1f}%"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -50,8 +50,8 @@ class Case:
 
     @property
     def positions(self) -> int:
-        """Of all timed steps."""
-        return self.steps * self.sequences * self.length
+        """Of a step."""
+        return self.sequences * self.length
 
     @property
     def student(self) -> dict[str, Any]:
@@ -71,12 +71,12 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """Timed steps. The clock starts when the first batch is there.
+    """A timed step.
 
     Attributes:
-        seconds: of all steps.
+        seconds: from asking for its batch on; of the first step, from having it on.
         wait_seconds: of these, that the loop has waited for records and micro-batches.
-        first_seconds: before them, until the first batch was there.
+        first_seconds: of the first step, until its batch was there.
     """
 
     seconds: float
@@ -84,29 +84,35 @@ class Measured:
     first_seconds: float = 0.0
 
 
-@dataclass(kw_only=True, eq=False)
-class _Clock:
-    """Begins with the first batch; on a GPU, what was asked for is waited for."""
+Take = Callable[[], Measured]
 
-    device: torch.device
-    waited: Callable[[], float]
-    _started: float = field(init=False)
-    _first_seconds: float = field(init=False)
 
-    def start(self) -> None:
-        self._synchronize()
-        self._first_seconds, self._started = self.waited(), time.perf_counter()
+def _time_steps(
+    device: torch.device, read: Callable[[], Any], work: Callable[[Any], object], waited: Callable[[], float]
+) -> Take:
+    """Function that makes a step and times it; on a GPU, what was asked for is waited for.
 
-    def stop(self) -> Measured:
-        self._synchronize()
-        seconds = time.perf_counter() - self._started
-        return Measured(
-            seconds=seconds, wait_seconds=self.waited() - self._first_seconds, first_seconds=self._first_seconds
-        )
+    What a stream reads ahead it begins with when a batch is taken from it, and so in the time of its own steps.
+    """
+    is_first = True
 
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+    def find_time() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    def take() -> Measured:
+        nonlocal is_first
+        started, waited_before, first_seconds = find_time(), waited(), 0.0
+        batch = read()
+        if is_first:
+            started, waited_before, is_first = find_time(), waited(), False
+            first_seconds = waited_before
+        work(batch)
+        seconds = find_time() - started
+        return Measured(seconds=seconds, wait_seconds=waited() - waited_before, first_seconds=first_seconds)
+
+    return take
 
 
 def write_train_store(folder: Path, *, num_records: int, length: int, top_k: int, vocab_size: int) -> str:
@@ -171,37 +177,40 @@ def _read_some(store: LogitStore, num_records: int) -> Any:
     return batch.slice(0, min(num_records, len(batch)))
 
 
-def measure_distillation(case: Case, loss: str | None = None) -> Measured:
+@contextmanager
+def opened_distillation(case: Case, loss: str | None = None) -> Iterator[Take]:
     """Steps of `logitstore train`, stream and all; the loss is the case's unless another is named."""
     with opened_run(case, loss or case.loss) as run:
         feed = run.feed
-        clock = _Clock(device=run.processes.device, waited=lambda: feed.data_wait_seconds)
-        for step in range(case.steps):
-            prepared = next(feed)
-            if step == 0:
-                clock.start()
-            take_step(run, prepared)
-        return clock.stop()
+        yield _time_steps(
+            run.processes.device,
+            read=lambda: next(feed),
+            work=lambda prepared: take_step(run, prepared),
+            waited=lambda: feed.data_wait_seconds,
+        )
 
 
-def measure_side_by_side(cases: Sequence[Case]) -> Measured:
+@contextmanager
+def opened_side_by_side(cases: Sequence[Case]) -> Iterator[Take]:
     """Steps of several students that share a stream, as a sweep makes them."""
     with _opened_runs(cases) as runs:
         shared = SharedFeed(runs)
-        try:
-            clock = _Clock(device=runs[0].processes.device, waited=lambda: sum_waits(runs))
-            for step in range(cases[0].steps):
-                due = shared.find_due(shared.feeds)
-                assert len(due) == len(runs)
-                for number, (run, feed) in enumerate(zip(runs, shared.feeds, strict=True)):
+
+        def read() -> None:
+            due = shared.find_due(shared.feeds)
+            assert len(due) == len(runs)
+            shared.feeds[0].begin_turn()
+            shared.advance(due)
+
+        def work(_: None) -> None:
+            for number, (run, feed) in enumerate(zip(runs, shared.feeds, strict=True)):
+                if number:
                     feed.begin_turn()
-                    if number == 0:
-                        shared.advance(due)
-                        if step == 0:
-                            clock.start()
-                    take_step(run, next(run.feed))
-                    feed.end_turn()
-            return clock.stop()
+                take_step(run, next(run.feed))
+                feed.end_turn()
+
+        try:
+            yield _time_steps(runs[0].processes.device, read, work, waited=lambda: sum_waits(runs))
         finally:
             shared.close()
 
@@ -217,18 +226,21 @@ def _opened_runs(cases: Sequence[Case]) -> Iterator[list[Run]]:
         yield [stack.enter_context(opened_run(case, case.loss)) for case in cases]
 
 
-def measure_plain(case: Case, is_chunked: bool) -> Measured:
+@contextmanager
+def opened_plain(case: Case, is_chunked: bool) -> Iterator[Take]:
     """Steps of a language model on tokens in memory: the same student, optimizer and micro-batches, no store."""
     with opened_run(case, "cross_entropy") as run:  # only its student and optimizer are used
         run.feed.close()
         device = run.processes.device
         batches = read_tokens(run.store, case.steps * case.sequences).to(device).split(case.sequences)
         take_plain_step(run, batches[0][: case.micro_batch_sequences], case, is_chunked=is_chunked)
-        clock = _Clock(device=device, waited=lambda: 0.0)
-        clock.start()
-        for token_ids in batches:
-            take_plain_step(run, token_ids, case, is_chunked=is_chunked)
-        return clock.stop()
+        waiting = iter(batches)
+        yield _time_steps(
+            device,
+            read=lambda: next(waiting),
+            work=lambda token_ids: take_plain_step(run, token_ids, case, is_chunked=is_chunked),
+            waited=lambda: 0.0,
+        )
 
 
 def read_tokens(store: LogitStore, num_records: int) -> torch.Tensor:
