@@ -158,8 +158,8 @@ def print_found(case: Case, parts: list[Part], found: Mapping[str, list[Measured
     print_text(
         f"{len(next(iter(found.values())))} steps of {case.sequences} sequences of {case.length} positions in "
         f"micro-batches of {case.micro_batch_sequences}, {torch.get_num_threads()} threads. The clock starts with the "
-        "first batch.\nAlternatives make a step in turn; ratios are medians of those of the turns. ±: half the distance of the "
-        "quartiles, in percent of the median."
+        "first batch.\nAlternatives make a step in turn; ratios are medians of those of the turns. ±: half "
+        "the distance of the quartiles, in percent of the median."
     )
     parameters = count_parameters(case) / 1e6
     if Part.step in parts:
