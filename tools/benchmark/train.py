@@ -53,8 +53,8 @@ def train(
     loss: Annotated[str, typer.Option(help="Kind of the distillation term.")] = "bucket_kl",
     precision: Annotated[Precision, typer.Option(help="bfloat16 is autocast.")] = Precision.float32,
     device: Annotated[str | None, typer.Option(help="Device of torch; a GPU where there is one otherwise.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Timed steps of a repetition, in turns.")] = 8,
-    repeats: Annotated[int, typer.Option(min=1, help="Repetitions.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps of a repetition.")] = 8,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed repetitions of each, in turns.")] = 3,
 ) -> None:
     """Train one student from a store on a local disk, and as a plain language model on the same tokens in memory.
 
