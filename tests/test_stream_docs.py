@@ -14,6 +14,7 @@ from checkout import ROOT
 from logitstore.store.logit_store import LogitStore
 from logitstore.stream.cache import CacheSettings
 from logitstore.stream.iterator import RecordStream
+from logitstore.stream.scratch import ScratchSettings
 from logitstore.stream.torch_dataset import RecordDataset
 from trainer.config import TrainSettings
 from trainer.stream_config import FurtherCorpusSettings, StreamSettings
@@ -65,6 +66,16 @@ def test_python_that_keeps_a_cache_keeps_row_groups_in_it(run_block: Callable[[s
     assert any(path.is_file() for path in Path("logitstore").rglob("*"))
 
 
+def test_python_that_has_a_scratch_says_what_is_in_it(
+    run_block: Callable[[str], dict[str, object]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("xxhash")
+    stream = run_block("ScratchSettings(")["stream"]
+    assert isinstance(stream, RecordStream)
+    assert re.fullmatch(r"ScratchStatistics\(kept=[1-9]\d*, .*damaged=0\)\n", capsys.readouterr().out)
+    stream.close()
+
+
 @pytest.mark.parametrize("block", YAML)
 def test_settings_of_the_page_are_valid(block: str) -> None:
     least = {"store": "s", "student": {"model": "m"}, "global_batch_sequences": 1, "steps": 1, "output": "o"}
@@ -86,13 +97,27 @@ def test_page_names_every_argument_and_every_default() -> None:
 
 
 def test_page_names_every_setting_of_a_run_that_is_about_the_stream() -> None:
-    settings = {*StreamSettings.model_fields, *CacheSettings.model_fields, *FurtherCorpusSettings.model_fields}
-    run = {"micro_batch_sequences", "micro_batch_tokens", "pack_sequences", "support_slots", "where", "skip_steps"}
+    settings = {
+        *StreamSettings.model_fields,
+        *CacheSettings.model_fields,
+        *ScratchSettings.model_fields,
+        *FurtherCorpusSettings.model_fields,
+    }
+    run = {
+        "micro_batch_sequences",
+        "micro_batch_tokens",
+        "pack_sequences",
+        "support_slots",
+        "where",
+        "skip_steps",
+        "cache",
+        "scratch",
+    }
     assert run <= set(TrainSettings.model_fields)
     for name in (settings | run) - {"manifest"}:
         assert re.search(rf"\b{name}\b", PAGE), name
 
 
 def test_every_block_of_the_page_is_run() -> None:
-    assert len(PYTHON) == PAGE.count("```python") == 3
+    assert len(PYTHON) == PAGE.count("```python") == 4
     assert len(YAML) == PAGE.count("```yaml")

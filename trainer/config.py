@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from logitstore.errors import ConfigError
 from logitstore.settings import Settings
 from logitstore.stream.cache import CacheSettings
+from logitstore.stream.scratch import ScratchSettings
 from logitstore.stream.selection import HeldOut
 from logitstore.stream.where import Where
 from trainer.loss.settings import LossSettings
@@ -116,6 +117,7 @@ class TrainSettings(Settings):
         skip_steps: half-open ranges of global batches, counted from 0, that are left out: to get past one that a run
             fails at. The run makes as many steps all the same.
         cache: a folder on a local disk for what was read of the stores.
+        scratch: a folder on a local disk for what each process decompressed, for the epochs after the first.
         stream: how records are read ahead of the step that needs them.
         output: folder of everything the run writes. A run that finds a checkpoint there goes on from it.
         device: of torch, such as `cuda`; None takes a GPU where there is one.
@@ -155,6 +157,7 @@ class TrainSettings(Settings):
     log_records: bool = False
     skip_steps: tuple[tuple[StepNumber, StepNumber], ...] = ()
     cache: CacheSettings | None = None
+    scratch: ScratchSettings | None = None
     stream: StreamSettings = StreamSettings()
     output: str
     device: str | None = None

@@ -19,6 +19,7 @@ _FREE_SETTINGS = frozenset(
         "further_corpora",
         "skip_steps",
         "cache",
+        "scratch",
         "document_weights",
         "micro_batch_sequences",
         "micro_batch_tokens",

@@ -124,6 +124,7 @@ def open_stream(
         read_ahead_steps=settings.stream.read_ahead_steps,
         threads=settings.stream.threads,
         with_documents=with_documents,
+        scratch=settings.scratch,
     )
 
 

@@ -19,6 +19,7 @@ from logitstore.stream.mixture import MixtureOrder
 from logitstore.stream.order import DEFAULT_LANES, DEFAULT_WINDOW_ROW_GROUPS, StreamOrder, Tail
 from logitstore.stream.read_ahead import ClosedError, ReadAhead
 from logitstore.stream.read_plan import ReadPlan
+from logitstore.stream.scratch import ScratchSettings, ScratchStatistics
 from logitstore.stream.skipping import check_skip, skip_steps
 from logitstore.stream.source import StreamSource
 from logitstore.stream.source_order import OrderSettings, compute_fingerprint, is_mixture, read_mixture_state
@@ -59,8 +60,10 @@ class RecordStream:
         read_ahead_row_groups: how many row groups are held for later steps alone; see `stream.read_plan`.
         threads: how many read and decode.
         with_documents: whether the records name their documents.
+        scratch: where to keep what was decompressed for later epochs, if anywhere; needs xxhash.
     Raises:
-        ConfigError: the world size does not divide the batch, or the store is too small for one.
+        ConfigError: the world size does not divide the batch, the store is too small for one, or the scratch cannot be
+            written.
         IncompatibleStoreError: records of the sources cannot be joined to one batch.
     """
 
@@ -83,6 +86,7 @@ class RecordStream:
         read_ahead_row_groups: int | None = None,
         threads: int = 4,
         with_documents: bool = False,
+        scratch: ScratchSettings | None = None,
     ) -> None:
         _check_ranks(rank, world_size, global_batch_sequences)
         if threads < 1 or read_ahead_steps < 0 or (read_ahead_row_groups or 0) < 0:
@@ -91,7 +95,7 @@ class RecordStream:
                 f"{threads} threads, {read_ahead_steps} steps and {read_ahead_row_groups} row groups"
             )
         sources = _list_sources(store, subset, row_groups)
-        self._reader = SourceReader(sources, with_documents=with_documents)
+        self._reader = SourceReader(sources, with_documents=with_documents, scratch=scratch)
         self._skip = check_skip(skip)
         self._order_settings = OrderSettings(
             global_batch_sequences=global_batch_sequences,
@@ -116,6 +120,7 @@ class RecordStream:
             "read_ahead_row_groups": read_ahead_row_groups,
             "threads": threads,
             "with_documents": with_documents,
+            "scratch": scratch,
         }
         self.rank, self.world_size, self.global_batch_sequences = rank, world_size, global_batch_sequences
         self._threads = threads
@@ -143,6 +148,12 @@ class RecordStream:
     def step(self) -> int:
         """The step that comes next, which is the number of its global batch."""
         return self._step
+
+    @property
+    def scratch_statistics(self) -> ScratchStatistics | None:
+        """What the scratch did for this stream; None where it has none."""
+        scratch = self._reader.scratch
+        return None if scratch is None else scratch.statistics
 
     @property
     def steps_per_epoch(self) -> int:

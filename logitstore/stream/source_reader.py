@@ -18,6 +18,7 @@ from logitstore.store.aligned_stores import AlignedStores
 from logitstore.store.logit_store import LogitStore
 from logitstore.stream.batch_memory import BatchMemory
 from logitstore.stream.batches import join_records, take_records
+from logitstore.stream.scratch import RowGroupScratch, ScratchSettings
 from logitstore.stream.source import StreamSource
 
 _ENTRY_BYTES = 3  # compressed, of an id and a logprob, which are nearly all of a row group
@@ -30,12 +31,18 @@ class SourceReader:
     Args:
         sources: of which the records go together.
         with_documents: whether the records name their documents.
+        scratch: where to keep decompressed row groups, if anywhere.
     Raises:
         IncompatibleStoreError: records of the sources cannot be joined to one batch.
+        ConfigError: see `RowGroupScratch`.
     """
 
-    def __init__(self, sources: Sequence[StreamSource], *, with_documents: bool) -> None:
+    def __init__(
+        self, sources: Sequence[StreamSource], *, with_documents: bool, scratch: ScratchSettings | None = None
+    ) -> None:
         check_sources_join(sources)
+        self._scratch_settings = scratch
+        self.scratch = None if scratch is None else RowGroupScratch(scratch)
         self.sources = tuple(sources)
         self._with_documents = with_documents
         self._stores = tuple(store for source in sources for store in source.stores)
@@ -68,7 +75,16 @@ class SourceReader:
         return self._name_source(batch, number)
 
     def read_packed(self, row_group: int) -> RecordBatch | PackedRowGroup:
-        """The same, with supports that are left for `join` to decode where that saves time."""
+        """The same, from the scratch if it is there; supports are left for `join` to decode where that saves time."""
+        if self.scratch is None:
+            return self._read_packed(row_group)
+        found: RecordBatch | PackedRowGroup | None = self.scratch.find(row_group)
+        if found is None:
+            found = self._read_packed(row_group)
+            self.scratch.keep(row_group, found)
+        return found
+
+    def _read_packed(self, row_group: int) -> RecordBatch | PackedRowGroup:
         number, index = self._locate(row_group)
         store, records = self.sources[number].store, self.sources[number].records
         place = int(records.row_groups[index])
@@ -105,7 +121,7 @@ class SourceReader:
     def reopen(self) -> SourceReader:
         """The same over stores that were opened anew: clients of storages do not outlive a fork."""
         sources = [replace(source, store=_reopen(source.store)) for source in self.sources]
-        return SourceReader(sources, with_documents=self._with_documents)
+        return SourceReader(sources, with_documents=self._with_documents, scratch=self._scratch_settings)
 
 
 def _reopen(store: StoreT) -> StoreT:

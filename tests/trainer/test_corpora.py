@@ -268,3 +268,11 @@ def test_run_with_a_cache_trains_the_same_student_and_fills_it(make_settings: Ma
     cached = train(make_settings(cache={"folder": str(folder), "max_bytes": 10**8}))
     check_students_are_equal(cached, plain)
     assert sum(path.is_file() for path in folder.rglob("*")) > 0
+
+
+def test_run_with_a_scratch_trains_the_same_student(make_settings: MakeSettings, tmp_path: Path) -> None:
+    pytest.importorskip("xxhash")
+    plain = train(make_settings(output=str(tmp_path / "plain")))
+    kept = train(make_settings(scratch={"folder": str(tmp_path / "scratch"), "max_bytes": "10MB"}))
+    check_students_are_equal(kept, plain)
+    assert list((tmp_path / "scratch").iterdir()) == []

@@ -20,6 +20,7 @@ _OF_READING = (
     "further_corpora",
     "skip_steps",
     "cache",
+    "scratch",
     "stream",
     "device",
 )
