@@ -130,13 +130,13 @@ def print_throughput(
 
     from logitstore.store.files import StoreFiles
     from tools.benchmark.stream_records import write_store
-    from tools.benchmark.stream_throughput import HEADER, build_ratio_row, measure_throughput
+    from tools.benchmark.stream_throughput import HEADER, STORE_NAME, build_ratio_row, measure_throughput
 
     num_records, positions = np.load(arrays / "entropy.npy", mmap_mode="r").shape
     slots = np.load(arrays / "support_ids.npy", mmap_mode="r").shape[1] // positions
     float16 = work / "store-float16"
     write_store(StoreFiles(str(float16)), arrays, shard={"codec": {"kind": "float16"}})
-    stores = {"logitstore": store, "logitstore, codec float16": float16}
+    stores = {STORE_NAME: store, f"{STORE_NAME}, codec float16": float16}
     readers = measure_throughput(work, arrays, stores, batch=batch, repeats=repeats, peers_python=peers_python)
     rows = [reader.build_row(num_records) for reader in readers]
     if peers_python is not None:

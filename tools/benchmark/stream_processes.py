@@ -29,6 +29,7 @@ class Epoch:
     first_seconds: float
     seconds: float
     processor_seconds: float
+    scratch_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

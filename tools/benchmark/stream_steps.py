@@ -13,18 +13,21 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+from pydantic import ByteSize
 
 from tools.benchmark.peak_memory import forget_peak, read_peak_bytes
 from tools.benchmark.stream_peer import read_processor_seconds
 
 
-def read(folder: str, batch: int, epochs: int) -> list[dict[str, float]]:
+def read(folder: str, batch: int, epochs: int, scratch_folder: str | None = None) -> list[dict[str, float]]:
     """Open a store and deliver whole epochs of it on one rank; the first begins with the opening."""
     from logitstore.store.logit_store import LogitStore
     from logitstore.stream.iterator import RecordStream
+    from logitstore.stream.scratch import ScratchSettings
 
     started = time.perf_counter(), read_processor_seconds()
-    stream = RecordStream(LogitStore.open(folder), global_batch_sequences=batch)
+    scratch = None if scratch_folder is None else ScratchSettings(folder=scratch_folder, max_bytes=ByteSize(1 << 50))
+    stream = RecordStream(LogitStore.open(folder), global_batch_sequences=batch, scratch=scratch)
     measured = []
     for _ in range(epochs):
         first_seconds, num_records, token_sum = 0.0, 0, 0
@@ -39,6 +42,7 @@ def read(folder: str, batch: int, epochs: int) -> list[dict[str, float]]:
                 "first_seconds": first_seconds,
                 "seconds": time.perf_counter() - started[0],
                 "processor_seconds": read_processor_seconds() - started[1],
+                "scratch_bytes": 0 if stream.scratch_statistics is None else stream.scratch_statistics.file_bytes,
             }
         )
         started = time.perf_counter(), read_processor_seconds()
