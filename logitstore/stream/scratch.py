@@ -168,12 +168,12 @@ class RowGroupScratch:
         try:
             num_bytes = os.preadv(self._file, [content.data], block.offset)
         except OSError as error:
-            return self._drop(row_group, str(error))
+            return self._drop(row_group, block, str(error))
         if num_bytes < block.num_bytes:
-            return self._drop(row_group, f"expected {block.num_bytes} bytes, found {num_bytes}")
+            return self._drop(row_group, block, f"expected {block.num_bytes} bytes, found {num_bytes}")
         xxh3 = self._start_xxh3(content.data)
         if xxh3.intdigest() != block.xxh3:
-            return self._drop(row_group, "the bytes are not the ones that were written")
+            return self._drop(row_group, block, "the bytes are not the ones that were written")
         pickled, lengths = pickle.loads(content[: block.head_bytes].data)
         arrays, start = [], block.head_bytes
         for length in lengths:
@@ -184,10 +184,12 @@ class RowGroupScratch:
             self._num_read += 1
         return pickle.loads(pickled, buffers=arrays)
 
-    def _drop(self, row_group: int, reason: str) -> None:
+    def _drop(self, row_group: int, block: _Block, reason: str) -> None:
         with self._lock:
-            if self._blocks.pop(row_group, None) is not None:
-                self._num_damaged += 1
+            if self._blocks.get(row_group) is not block:
+                return  # another thread did, and may have kept it anew
+            del self._blocks[row_group]
+            self._num_damaged += 1
         _LOG.warning("scratch in %s: row group %d cannot be used, it is read anew: %s", self._folder, row_group, reason)
 
     def _stop_keeping(self, reason: str) -> None:

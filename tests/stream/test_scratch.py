@@ -103,6 +103,14 @@ def test_batches_are_those_without_a_scratch(
     assert list(Path(settings.folder).iterdir()) == []
 
 
+def test_row_group_of_more_arrays_than_the_system_writes_at_once_is_kept(
+    store: LogitStore, settings: ScratchSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = read_both(store, settings)
+    monkeypatch.setattr("logitstore.stream.scratch._MOST_PARTS", 3)
+    assert read_both(store, settings) == whole
+
+
 def test_store_is_read_once(store: LogitStore, settings: ScratchSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
     read_packed_row_group = LogitStore.read_packed_row_group
