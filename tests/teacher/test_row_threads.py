@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -17,6 +18,14 @@ from logitstore.teacher.row_threads import RowThreads
 from logitstore.teacher.sparse_rows import Scratch
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _keep_torch_threads() -> Iterator[None]:
+    """Given back what is told to be there here, torch would really have it, and round other tests' sums differently."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
