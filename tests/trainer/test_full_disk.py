@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import resource
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
+from file_limits import files_of_at_most
 from made_up import build_identity
 from taught_stores import CONFIG, build_model
 from training_runs import read_lines, train_until
@@ -22,16 +21,6 @@ from trainer.sweep.settings import read_sweep
 from trainer.sweep.training import train_sweep
 
 FULL = r"(?s)expected files that can be read and written, found .*too large.*look to room"
-
-
-@contextmanager
-def files_of_at_most(num_bytes: int) -> Iterator[None]:
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_lines_of_which_the_disk_takes_a_part_go_on_when_there_is_room(tmp_path: Path) -> None:
